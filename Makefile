@@ -1,0 +1,80 @@
+# Every target works as the first command in a fresh clone: it needs Python >= 3.11 and make,
+# and makes the virtual environment .venv by itself. PYTHON=/path/to/python picks the interpreter.
+
+PYTHON ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# There while an installation is under way, and left behind by one that was interrupted.
+UNFINISHED := $(VENV)/.unfinished
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean distclean
+
+help:
+	@echo "make demo       run the demo"
+	@echo "make test       run the tests; PYTEST_ARGS='-k flows' passes arguments to pytest"
+	@echo "make lint       check style and formatting"
+	@echo "make format     fix what can be fixed of both"
+	@echo "make install    only make the virtual environment, $(VENV)"
+	@echo "make clean      remove caches and build outputs"
+	@echo "make distclean  remove $(VENV) as well"
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m skaipo demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+# An environment that was half made is made again; one that works is kept. torch comes first and
+# by itself, so that the constraint alone picks its build and nothing resolves it twice.
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; trap 'exit 130' INT TERM; \
+	suitable='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
+	usable() { \
+	    [ ! -e $(UNFINISHED) ] && "$(BIN)/python" -c "$$suitable" && \
+	    { "$(BIN)/python" -m pip --version || "$(BIN)/python" -m ensurepip; }; \
+	}; \
+	if ! usable >/dev/null 2>&1; then \
+	    found=; \
+	    for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	        if "$$candidate" -c "$$suitable" >/dev/null 2>&1; then found=$$candidate; break; fi; \
+	    done; \
+	    if [ -z "$$found" ]; then \
+	        echo "skaipo needs Python 3.11 or newer with its venv module, and found none" >&2; \
+	        echo "(tried: $(or $(PYTHON),python3 python3.13 python3.12 python3.11))." >&2; \
+	        echo "Install one (on Debian and Ubuntu: python3 and python3-venv)," >&2; \
+	        echo "or name one: make PYTHON=/path/to/python3" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "Making $(VENV) with $$("$$found" --version)"; \
+	    rm -rf $(VENV); mkdir $(VENV); : > $(UNFINISHED); \
+	    "$$found" -m venv $(VENV); \
+	fi; \
+	: > $(UNFINISHED); \
+	echo "Installing skaipo and what it needs into $(VENV) (once; some minutes)"; \
+	{ $(PIP_INSTALL) -c constraints.txt torch && \
+	  $(PIP_INSTALL) -c constraints.txt -e '.[test]'; \
+	} || { rm -f $(UNFINISHED); echo "The installation failed; see above." >&2; exit 1; }; \
+	rm -f $(UNFINISHED); \
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
