@@ -1,0 +1,235 @@
+"""The flow interface and the multi-scale architecture that the package's flows share."""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+__all__ = ["Flow", "MultiscaleFlow"]
+
+
+class Flow(nn.Module):
+    """A normalizing flow with a standard normal base: the interface of every prior's density.
+
+    Subclasses implement ``_normalize(x) -> (z, log_det)`` and ``_generate(z) -> (x, log_det)`` on
+    standardised data ``(x - loc) / scale`` of shape ``(n, *event_shape)``, each with the
+    log-determinant of its own direction; the Jacobian of the standardisation is accounted for
+    here, so that ``log_prob`` is a density in the units of ``x``. A ``config()`` that returns the
+    JSON-serialisable constructor arguments, with the class name as "class", makes a flow savable.
+
+    Parameters
+    ----------
+    event_shape : tuple of int
+        ``(d,)`` or ``(C, H, W)``.
+    loc, scale : float, default=0, 1
+        Standardisation of the data, set by training.
+
+    Attributes
+    ----------
+    event_shape : tuple of int
+    n_features : int
+        Number of entries of one event, which is also the dimension of ``z``.
+    """
+
+    def __init__(self, event_shape, loc=0.0, scale=1.0):
+        super().__init__()
+        self.event_shape = tuple(int(s) for s in event_shape)
+        self.n_features = math.prod(self.event_shape)
+        dtype = torch.get_default_dtype()
+        self.register_buffer("loc", torch.tensor(float(loc), dtype=dtype))
+        self.register_buffer("scale", torch.tensor(float(scale), dtype=dtype))
+
+    def forward(self, x):
+        """Normalise data.
+
+        Parameters
+        ----------
+        x : torch.Tensor of shape (n, d) or (n, *event_shape)
+
+        Returns
+        -------
+        z : torch.Tensor of shape (n, d)
+        log_det : torch.Tensor of shape (n,)
+            ``log |det dz/dx|`` in nats.
+        """
+        x = x.reshape(len(x), *self.event_shape)
+        z, log_det = self._normalize((x - self.loc) / self.scale)
+        return z, (log_det - self.n_features * self.scale.log()).expand(len(x))
+
+    def inverse(self, z):
+        """Generate data from latents.
+
+        Parameters
+        ----------
+        z : torch.Tensor of shape (n, d)
+
+        Returns
+        -------
+        x : torch.Tensor of shape (n, *event_shape)
+        """
+        return self.inverse_and_log_det(z)[0]
+
+    def inverse_and_log_det(self, z):
+        """Generate data and the volume change in one pass.
+
+        Parameters
+        ----------
+        z : torch.Tensor of shape (n, d)
+
+        Returns
+        -------
+        x : torch.Tensor of shape (n, *event_shape)
+        log_det : torch.Tensor of shape (n,)
+            ``log |det dx/dz|`` in nats.
+        """
+        x, log_det = self._generate(z)
+        log_det = log_det + self.n_features * self.scale.log()
+        return x * self.scale + self.loc, log_det.expand(len(z))
+
+    def log_prob(self, x):
+        """Log-density, ``log N(z; 0, I) + log |det dz/dx|``.
+
+        Parameters
+        ----------
+        x : torch.Tensor of shape (n, d) or (n, *event_shape)
+
+        Returns
+        -------
+        log_prob : torch.Tensor of shape (n,)
+            In nats, per unit of ``x``.
+        """
+        z, log_det = self(x)
+        return log_det - 0.5 * (z.square().sum(1) + self.n_features * math.log(2 * math.pi))
+
+    def data_scale(self):
+        """Typical standard deviation of one entry of the data, by a few fixed samples.
+
+        Solvers measure their steps in image space by it. Cached; at least the smallest normal
+        number, so that it can be divided by.
+        """
+        if getattr(self, "_data_scale", None) is None:
+            x = self.sample(32, generator=torch.Generator().manual_seed(0)).flatten(1)
+            x = x[x.isfinite().all(1)]
+            self._data_scale = 1.0
+            if len(x):
+                # Robust against the few wild samples that an imperfect flow may give.
+                spread = (x - x.median(0).values).abs().median(0).values.square().mean().sqrt()
+                self._data_scale = max(1.4826 * float(spread), torch.finfo(x.dtype).tiny)
+        return self._data_scale
+
+    def sample(self, n_samples=1, temperature=1.0, generator=None):
+        """Draw samples.
+
+        Parameters
+        ----------
+        n_samples : int, default=1
+        temperature : float, default=1
+            Standard deviation of the latent; below 1 gives cleaner, less varied samples.
+        generator : torch.Generator, default=None
+
+        Returns
+        -------
+        x : torch.Tensor of shape (n_samples, *event_shape)
+        """
+        # Drawn on the CPU, so that a seed gives the same samples on every device.
+        z = torch.randn(n_samples, self.n_features, generator=generator, dtype=self.loc.dtype)
+        with torch.no_grad():
+            return self.inverse(temperature * z.to(self.loc.device))
+
+
+class MultiscaleFlow(Flow):
+    """Levels of invertible steps, half of the channels leaving after each level but the last.
+
+    Subclasses fill ``self.levels`` with lists of layers and ``self.splits`` with the
+    :class:`~skaipo.flows._layers.Split` that follows each of them (one fewer).
+    """
+
+    def __init__(self, event_shape, n_levels, loc=0.0, scale=1.0):
+        super().__init__(event_shape, loc, scale)
+        self.n_levels = _check_levels(self.event_shape, n_levels)
+        self.levels = nn.ModuleList()
+        self.splits = nn.ModuleList()
+
+    def _scan(self, x, before=None):
+        outputs, total = [], x.new_zeros(len(x))
+        for level, layers in enumerate(self.levels):
+            for layer in layers:
+                if before is not None:
+                    before(layer, x)
+                x, log_det = layer(x)
+                total = total + log_det
+            if level < len(self.splits):
+                x, z, log_det = self.splits[level](x)
+                outputs.append(z.flatten(1))
+                total = total + log_det
+        outputs.append(x.flatten(1))
+        return torch.cat(outputs, dim=1), total
+
+    def _normalize(self, x):
+        return self._scan(x)
+
+    @torch.no_grad()
+    def initialize(self, x):
+        """Data-dependent initialisation of every ActNorm, in order. Called by training only.
+
+        Parameters
+        ----------
+        x : torch.Tensor of shape (n, *event_shape)
+        """
+
+        def visit(layer, h):
+            if hasattr(layer, "initialize"):
+                layer.initialize(h)
+
+        self._scan((x.reshape(-1, *self.event_shape) - self.loc) / self.scale, before=visit)
+
+    def _generate(self, z):
+        shapes = self._latent_shapes()
+        parts = z.split([math.prod(s) for s in shapes], dim=1)
+        parts = [p.reshape(-1, *s) for p, s in zip(parts, shapes, strict=True)]
+        x, total = parts[-1], z.new_zeros(len(z))
+        for level in reversed(range(len(self.levels))):
+            if level < len(self.splits):
+                x, log_det = self.splits[level].inverse(x, parts[level])
+                total = total + log_det
+            for layer in reversed(self.levels[level]):
+                x, log_det = layer.inverse(x)
+                total = total + log_det
+        return x, total
+
+    def _latent_shapes(self):
+        """Shapes of the parts of ``z``, in the order in which they leave."""
+        if len(self.event_shape) == 1:
+            widths = [self.event_shape[0]] + [split.sizes[0] for split in self.splits]
+            return [(a - b,) for a, b in pairwise(widths)] + [(widths[-1],)]
+        channels, height, width = self.event_shape
+        shapes = []
+        for level in range(self.n_levels):
+            channels, height, width = 4 * channels, height // 2, width // 2
+            if level < len(self.splits):
+                channels, leaving = self.splits[level].sizes
+                shapes.append((leaving, height, width))
+        return [*shapes, (channels, height, width)]
+
+
+def _check_levels(event_shape, n_levels):
+    if len(event_shape) not in (1, 3) or min(event_shape) < 1:
+        raise ValueError(
+            f"event_shape must be (d,) for vectors or (C, H, W) for images, got {event_shape}."
+        )
+    if int(n_levels) != n_levels or n_levels < 1:
+        raise ValueError(f"n_levels must be an integer of at least 1, got {n_levels!r}.")
+    n_levels = int(n_levels)
+    if len(event_shape) == 1:
+        if event_shape[0] < 2**n_levels:
+            raise ValueError(
+                f"A flow of {n_levels} levels needs at least {2**n_levels} features, got "
+                f"{event_shape[0]}; lower n_levels (couplings need two groups of features)."
+            )
+    elif event_shape[1] % 2**n_levels or event_shape[2] % 2**n_levels:
+        raise ValueError(
+            f"Image sides must be multiples of 2**n_levels = {2**n_levels}, got "
+            f"{event_shape[1]}x{event_shape[2]}; lower n_levels or pad the images."
+        )
+    return n_levels
