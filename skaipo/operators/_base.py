@@ -1,0 +1,314 @@
+"""What every operator shares: binding to an image shape, checks, the user's call, the repr."""
+
+import html
+import inspect
+import math
+import numbers
+import operator
+from abc import ABC, abstractmethod
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError
+
+__all__ = ["AffineProjector", "Operator", "ShortRepr", "check_same_rows", "describe"]
+
+
+def describe(value):
+    """One line for a parameter's value: the kind, shape and dtype of an array, not its numbers.
+
+    Arrays, tensors and sparse matrices give ``<array (24, 64) float64>``, lists and tuples
+    ``<list of 3>``, anything else its ``repr``.
+    """
+    if sp.issparse(value):
+        return f"<sparse {value.shape} {value.dtype}, {value.nnz} stored>"
+    if isinstance(value, np.ndarray | torch.Tensor):
+        kind = "array" if isinstance(value, np.ndarray) else "tensor"
+        return f"<{kind} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}>"
+    if isinstance(value, list | tuple):
+        return f"<{type(value).__name__} of {len(value)}>"
+    return repr(value)
+
+
+class ShortRepr:
+    """Mixin for estimators, before ``BaseEstimator``: a repr of what is not default, described."""
+
+    def _describe(self, value):
+        return describe(value)
+
+    def __repr__(self, N_CHAR_MAX=700):
+        defaults = inspect.signature(type(self).__init__).parameters
+        shown = [
+            f"{name}={self._describe(value)}"
+            for name, value in self.get_params(deep=False).items()
+            if not _same(value, defaults[name].default)
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _html_repr(self):
+        # scikit-learn's table of parameters would print the arrays.
+        return f"<pre>{html.escape(repr(self))}</pre>"
+
+
+class Operator(ShortRepr, BaseEstimator, ABC):
+    """Base class of forward operators ``f``.
+
+    A subclass stores its parameters in ``__init__``, writes the private hook ``_setup`` (called on
+    the bound copy once ``event_shape_`` and ``n_features_in_`` are known; it sets
+    ``n_measurements_`` and any arrays, or raises ``ValueError``), and ``forward``, ``adjoint``,
+    ``projector`` and ``norm``.
+
+    Attributes
+    ----------
+    is_linear : bool
+        Class attribute, True when ``f`` is linear.
+    event_shape_ : tuple of int
+        Shape of one image. This and the next ones exist on bound operators only.
+    n_features_in_ : int
+        Number of pixels ``d``, the product of ``event_shape_``.
+    n_measurements_ : int
+        Number of measurements ``m``.
+    measurement_shape_ : tuple of int
+        Shape of one measurement: ``event_shape_`` if ``f`` keeps the shape, else ``(m,)``.
+    measured_ : ndarray of bool, shape (m,)
+        Which entries of a measurement exist at all; the others are to be ignored.
+    """
+
+    is_linear = True
+    _keeps_shape = False
+
+    def bind(self, event_shape):
+        """Fix the image shape and make the arrays.
+
+        Parameters
+        ----------
+        event_shape : tuple of int (or int)
+            Shape of one image, that of the prior.
+
+        Returns
+        -------
+        Operator
+            A new, bound operator that shares this one's parameters; ``self`` where it is already
+            bound to that shape with these parameters.
+
+        Raises
+        ------
+        ValueError
+            If the operator measures images of another size.
+        """
+        shape = (event_shape,) if isinstance(event_shape, numbers.Integral) else event_shape
+        shape = tuple(operator.index(size) for size in shape)
+        if not shape or min(shape) < 1:
+            raise ValueError(f"event_shape must hold positive sizes, got {shape}.")
+        params = self.get_params(deep=False)
+        if self.__dict__.get("event_shape_") == shape:
+            # set_params on a bound operator must not leave the old arrays in use.
+            before = self._bound_params
+            if all(_same(value, before[name]) for name, value in params.items()):
+                return self
+        bound = type(self)(**params)
+        bound._bound_params = params
+        bound.event_shape_ = shape
+        bound.n_features_in_ = math.prod(shape)
+        bound._setup()
+        m = bound.n_measurements_
+        bound.measurement_shape_ = shape if self._keeps_shape else (m,)
+        if "measured_" not in bound.__dict__:
+            bound.measured_ = np.ones(m, dtype=bool)
+        return bound
+
+    @abstractmethod
+    def _setup(self):
+        """Set ``n_measurements_`` and the arrays, or raise ``ValueError``."""
+
+    @abstractmethod
+    def forward(self, x):
+        """Measure: ``f(x)``, differentiable.
+
+        Parameters
+        ----------
+        x : Tensor, shape (n, d)
+
+        Returns
+        -------
+        Tensor, shape (n, m)
+        """
+
+    @abstractmethod
+    def adjoint(self, y):
+        """Apply the transpose: ``<f(x), y> = <x, adjoint(y)>``, differentiable.
+
+        Parameters
+        ----------
+        y : Tensor, shape (n, m)
+
+        Returns
+        -------
+        Tensor, shape (n, d)
+        """
+
+    @abstractmethod
+    def projector(self, y, observed=None):
+        """Prepare the projection onto ``{x : f(x) = y}``; all factorisations happen here.
+
+        Parameters
+        ----------
+        y : Tensor, shape (n, m)
+            Measurements. Entries that are not observed are never read: they may be NaN.
+        observed : Tensor of bool, shape (n, m), or None
+            Which entries of ``y`` count. None: every one that the operator measures.
+
+        Returns
+        -------
+        AffineProjector
+        """
+
+    def project(self, x, y, observed=None):
+        """Nearest image to ``x`` with ``f(x) = y``: ``projector(y, observed)(x)``."""
+        return self.projector(y, observed)(x)
+
+    @abstractmethod
+    def norm(self):
+        """Spectral norm of ``f``, computed in float64.
+
+        Returns
+        -------
+        float
+        """
+
+    def __call__(self, X):
+        """Simulate clean measurements ``f(X)``.
+
+        Parameters
+        ----------
+        X : ndarray or Tensor, shape (n, d) or (n, *event_shape)
+            Images. An operator that is not bound takes the image shape from here.
+
+        Returns
+        -------
+        ndarray or Tensor, shape (n, m)
+            Same kind and float dtype as ``X`` (integers give float64), never sharing its memory,
+            without gradient. Operators that keep the image shape return the shape of ``X``.
+
+        Raises
+        ------
+        TypeError
+            If ``X`` is not real-valued.
+        ValueError
+            If ``X`` has no sample axis, or its images are not of the operator's size.
+        """
+        name = type(self).__name__
+        if isinstance(X, torch.Tensor):
+            if X.is_complex():
+                raise TypeError(f"{name} measures real images, got a tensor of {X.dtype}.")
+            out_dtype = None
+            dtype = X.dtype if X.is_floating_point() else torch.float64
+            x = X.detach().to(dtype, copy=True)
+        else:
+            X = np.asarray(X)
+            if X.dtype.kind not in "biuf":
+                raise TypeError(f"{name} measures real images, got an array of {X.dtype}.")
+            out_dtype = X.dtype if X.dtype.kind == "f" else np.dtype(np.float64)
+            x = np.array(X, dtype=np.float32 if X.dtype == np.float32 else np.float64, order="C")
+            x = torch.from_numpy(x)
+        if x.ndim < 2:
+            raise ValueError(
+                f"{name} expects a batch of shape (n, d) or (n, *shape), got {tuple(x.shape)}. "
+                "For a single image use X[None]."
+            )
+        n, shape = x.shape[0], tuple(x.shape[1:])
+        d = self.__dict__.get("n_features_in_", math.prod(shape))
+        if math.prod(shape) != d:
+            raise ValueError(
+                f"This {name} is bound to images of {d} features {self.event_shape_}, got X of "
+                f"shape {tuple(x.shape)}. Bind it to the new shape with bind({shape})."
+            )
+        bound = self.bind(self.__dict__.get("event_shape_", shape) if len(shape) == 1 else shape)
+        with torch.no_grad():
+            out = bound.forward(x.reshape(n, d))
+        if self._keeps_shape:
+            out = out.reshape(x.shape)
+        return out if out_dtype is None else out.numpy().astype(out_dtype, copy=False)
+
+    def _check(self, rows, size="n_features_in_", what="images"):
+        """Refuse an unbound operator, and anything but flat rows of the right size."""
+        name, size = type(self).__name__, self.__dict__.get(size)
+        if size is None:
+            raise NotFittedError(
+                f"This {name} does not know the image shape yet: call bind(event_shape) and use "
+                "the operator that it returns."
+            )
+        if rows.ndim != 2 or rows.shape[1] != size:
+            raise ValueError(
+                f"{name} expects flat {what} of shape (n, {size}), got {tuple(rows.shape)}."
+            )
+
+    def _check_y(self, y):
+        self._check(y, "n_measurements_", "measurements")
+
+    def _observed(self, y, observed):
+        """Entries of y that count, as a bool tensor that broadcasts to y; None means all."""
+        self._check_y(y)
+        if observed is not None:
+            if observed.dtype != torch.bool or observed.shape != y.shape:
+                raise ValueError(
+                    f"observed must be a bool tensor of shape {tuple(y.shape)}, like y, got "
+                    f"{observed.dtype} of shape {tuple(observed.shape)}."
+                )
+            if bool(observed.all()):
+                observed = None
+        if not self.measured_.all():
+            measured = self._cached(
+                ("measured", y.device), lambda: torch.from_numpy(self.measured_).to(y.device)
+            )
+            observed = measured[None] if observed is None else observed & measured
+        return observed
+
+    def _cached(self, key, make):
+        """Things derived from the arrays, made once per device and dtype, never pickled."""
+        cache = self.__dict__.setdefault("_cache", {})
+        if key not in cache:
+            # A tensor born in inference mode could never take part in autograd later.
+            with torch.inference_mode(False), torch.no_grad():
+                cache[key] = make()
+        return cache[key]
+
+    def __getstate__(self):
+        state = dict(super().__getstate__())
+        state.pop("_cache", None)
+        return state
+
+    def __sklearn_clone__(self):
+        # clone() would deep-copy matrices and masks; nothing here ever writes to them.
+        return type(self)(**self.get_params(deep=False))
+
+
+class AffineProjector(ABC):
+    """Orthogonal projection onto ``{x : f(x) = y}``, row by row, made by ``Operator.projector``.
+
+    Calling it with images ``(n, d)`` returns the nearest images (Euclidean) whose observed
+    measurements equal ``y``. Where the observed measurements contradict each other it returns the
+    nearest minimiser of ``||f(x) - y||^2`` over the observed entries.
+    """
+
+    @abstractmethod
+    def __call__(self, x):
+        """Project images ``x`` (n, d)."""
+
+    @abstractmethod
+    def null(self, v):
+        """Project directions ``v`` (n, d) on the null space of the observed measurements."""
+
+
+def check_same_rows(x, y):
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"This projector was made for {y.shape[0]} measurements, got {x.shape[0]} images."
+        )
+
+
+def _same(a, b):
+    """Same object, or equal plain values (arrays are compared by identity only)."""
+    return a is b or (isinstance(a, bool | int | float | str) and type(a) is type(b) and a == b)

@@ -1,0 +1,124 @@
+"""Operators that measure pixels as they are: all of them, or those under a mask."""
+
+import numpy as np
+import torch
+
+from skaipo.operators._base import AffineProjector, Operator, check_same_rows
+
+__all__ = ["Denoising", "Inpainting"]
+
+
+class _PixelProjector(AffineProjector):
+    """Projection where measurement i is pixel i."""
+
+    def __init__(self, op, y, observed):
+        self._op, self._y, self._observed = op, y.detach(), observed
+
+    def _pick(self, images, values):
+        self._op._check(images)
+        check_same_rows(images, self._y)
+        if self._observed is None:
+            return values.clone()
+        return torch.where(self._observed, values, images)
+
+    def __call__(self, x):
+        return self._pick(x, self._y.to(x.dtype))
+
+    def null(self, v):
+        return self._pick(v, torch.zeros_like(v))
+
+
+class _PixelOperator(Operator):
+    """Operators that measure some of the pixels, each as it is."""
+
+    _keeps_shape = True
+
+    def _setup(self):
+        self.n_measurements_ = self.n_features_in_
+
+    def _keep(self, values):
+        if self.measured_.all():
+            return values
+        # where, not a product: what a masked pixel holds must not matter, even NaN.
+        zero = torch.zeros((), dtype=values.dtype, device=values.device)
+        return torch.where(self._observed(values, None), values, zero)
+
+    def forward(self, x):
+        self._check(x)
+        return self._keep(x)
+
+    def adjoint(self, y):
+        self._check_y(y)
+        return self._keep(y)
+
+    def projector(self, y, observed=None):
+        return _PixelProjector(self, y, self._observed(y, observed))
+
+    def norm(self):
+        return 1.0
+
+
+class Denoising(_PixelOperator):
+    """The identity: every pixel is measured, ``f(x) = x``."""
+
+
+class Inpainting(_PixelOperator):
+    """Some pixels are measured, the others are missing.
+
+    A measurement has the shape of the image (the diagonal 0/1 matrix): ``f(x)`` is ``x`` with
+    zeros where ``mask`` is False. What ``Y`` holds there (zero, NaN, anything) is ignored.
+
+    Parameters
+    ----------
+    mask : array-like of bool (or 0/1), shape (d,) or event_shape, or None
+        True where the pixel is observed, the same for all samples. None: the missing pixels differ
+        by sample, and NaN in ``Y`` marks them.
+
+    Raises
+    ------
+    ValueError
+        By ``bind``: mask of another size than the images, not boolean, or False everywhere.
+    """
+
+    def __init__(self, mask=None):
+        self.mask = mask
+
+    def _setup(self):
+        super()._setup()
+        if self.mask is None:
+            return
+        mask = self.mask
+        mask = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+        if mask.dtype != bool:
+            if mask.dtype.kind not in "iuf" or not np.isin(mask, (0, 1)).all():
+                raise ValueError(
+                    "Inpainting(mask) must be boolean, or hold only 0 and 1, with True for the "
+                    f"observed pixels; got dtype {mask.dtype} with other values. Did you mean "
+                    "mask > 0.5, or ~np.isnan(image)?"
+                )
+            mask = mask.astype(bool)
+        d, shape = self.n_features_in_, self.event_shape_
+        # A flat layout on either side is unambiguous, and so are axes of length one.
+        same = mask.ndim == 1 or len(shape) == 1 or _squeezed(mask.shape) == _squeezed(shape)
+        if mask.size != d or not same:
+            raise ValueError(
+                f"Inpainting(mask) has a mask of shape {mask.shape} ({mask.size} pixels), but the "
+                f"images (the prior's) have shape {shape} ({d} features). Give a mask of shape "
+                f"({d},) or {shape}, for example np.broadcast_to(mask, {shape})."
+            )
+        if not mask.any():
+            raise ValueError(
+                "Inpainting(mask) is False everywhere: nothing is observed. True marks the "
+                "observed pixels; did you mean ~mask?"
+            )
+        self.measured_ = mask.reshape(-1)
+
+    def _describe(self, value):
+        text = super()._describe(value)
+        if not isinstance(value, np.ndarray) or value.dtype != bool:
+            return text
+        return f"{text[:-1]}, {np.count_nonzero(value)} observed>"
+
+
+def _squeezed(shape):
+    return tuple(size for size in shape if size != 1)
