@@ -1,0 +1,783 @@
+"""Priors: densities of clean data, as scikit-learn transformers and density estimators."""
+
+import contextlib
+import json
+import math
+import numbers
+import os
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sklearn.base import BaseEstimator, DensityMixin, TransformerMixin
+from sklearn.covariance import LedoitWolf
+from sklearn.exceptions import NotFittedError
+from sklearn.utils import check_random_state
+
+from skaipo._training import TrainingDivergedError, train_flow
+from skaipo._validation import check_batch, check_lam, resolve_device, to_numpy, to_tensor
+from skaipo.flows import Flow, build_flow
+from skaipo.noise import GaussianNoise, SquaredError, as_noise
+from skaipo.operators import as_operator
+
+__all__ = ["FlowPrior", "GaussianPrior"]
+
+_FORMAT = 1
+# What a file says of its architecture, under the names of the constructor.
+_OPTIONS = ("n_steps", "n_levels", "hidden_channels", "bound", "dropout")
+_CHUNK = 256
+
+
+def map_rows(function, x, chunk=_CHUNK):
+    """Apply ``function`` to chunks of rows, padded to a multiple of 8 and to at least 16.
+
+    Kernels choose their order of summation by the size of the batch; for tiny batches the float32
+    result would depend on it. Padding keeps a row's result the same in every batch. (Below 16 rows
+    torch has another convolution where it runs on a single thread, as joblib's workers do.)
+    """
+    parts = []
+    with torch.no_grad():
+        for rows in x.split(chunk):
+            n = len(rows)
+            padding = max(16 - n, -n % 8)
+            if padding:
+                rows = torch.cat((rows, rows[-1:].expand(padding, -1)))
+            parts.append(function(rows)[:n])
+    return torch.cat(parts)
+
+
+class _Prior(TransformerMixin, DensityMixin, BaseEstimator):
+    """What every prior does with its fitted flow, ``self.flow_``."""
+
+    def __sklearn_is_fitted__(self):
+        return getattr(self, "_fitted_flow", None) is not None
+
+    @property
+    def flow_(self):
+        """Flow : the fitted module, frozen."""
+        flow = getattr(self, "_fitted_flow", None)
+        if flow is None:
+            raise NotFittedError(
+                f"This {type(self).__name__} is not fitted yet: call fit(X) with clean data, load "
+                f"a saved prior with FlowPrior.load(path), or wrap a trained flow module with "
+                f"FlowPrior(flow=module)."
+            )
+        return flow
+
+    @property
+    def event_shape_(self):
+        """Shape of one sample."""
+        return self.flow_.event_shape
+
+    def _check(self, X, name="X"):
+        flow = self.flow_
+        # A wrapped or loaded prior has not seen fit, where scikit-learn notes the width.
+        estimator = self if hasattr(self, "n_features_in_") else None
+        return check_batch(
+            X,
+            event_shape=flow.event_shape,
+            estimator=estimator,
+            name=name,
+            whose=f"this {type(self).__name__}",
+            device=flow.loc.device,
+            dtype=flow.loc.dtype,
+        )
+
+    def transform(self, X):
+        """Map data to the latent space.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, d) or (n_samples, *event_shape)
+
+        Returns
+        -------
+        Z : ndarray of shape (n_samples, d)
+            Standard normal if ``X`` follows the prior.
+        """
+        flow = self.flow_
+        x, layout, _ = self._check(X)
+        return layout.restore(map_rows(lambda rows: flow(rows)[0], x))
+
+    def inverse_transform(self, Z):
+        """Map latents to data.
+
+        Parameters
+        ----------
+        Z : array-like of shape (n_samples, d)
+
+        Returns
+        -------
+        X : ndarray of shape (n_samples, d)
+        """
+        flow = self.flow_
+        z, layout, _ = check_batch(
+            Z,
+            event_shape=(flow.n_features,),
+            name="Z",
+            whose=f"this {type(self).__name__}",
+            device=flow.loc.device,
+            dtype=flow.loc.dtype,
+        )
+        return layout.restore(map_rows(lambda rows: flow.inverse(rows).flatten(1), z))
+
+    def score_samples(self, X):
+        """Log-density of each sample.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, d) or (n_samples, *event_shape)
+
+        Returns
+        -------
+        log_prob : ndarray of shape (n_samples,)
+            In nats, per unit of ``X``. For a prior trained on integer levels this is the density
+            of the dequantised data: a lower bound of the log-probability of the levels is its
+            mean over noise in [-1/2, 1/2).
+        """
+        flow = self.flow_
+        x, layout, _ = self._check(X)
+        return layout.restore(map_rows(flow.log_prob, x))
+
+    def score(self, X, y=None):
+        """Mean log-density of the samples, in nats.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, d) or (n_samples, *event_shape)
+        y : Ignored
+
+        Returns
+        -------
+        score : float
+        """
+        return float(self.score_samples(X).mean())
+
+    def sample(self, n_samples=1, random_state=None, temperature=1.0):
+        """Draw samples from the prior.
+
+        Parameters
+        ----------
+        n_samples : int, default=1
+        random_state : int, RandomState or None, default=None
+        temperature : float, default=1
+            Standard deviation of the latent; below 1 gives cleaner, less varied samples.
+
+        Returns
+        -------
+        X : ndarray of shape (n_samples, d)
+        """
+        if not isinstance(n_samples, numbers.Integral) or n_samples < 1:
+            raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}.")
+        seed = check_random_state(random_state).randint(np.iinfo(np.int32).max)
+        generator = torch.Generator().manual_seed(int(seed))
+        x = self.flow_.sample(int(n_samples), temperature, generator)
+        return to_numpy(x.flatten(1))
+
+
+class FlowPrior(_Prior):
+    """A normalizing flow as a prior: trained on clean data, or a trained one wrapped.
+
+    ``transform`` maps data to the latent space and ``inverse_transform`` generates;
+    ``score_samples`` gives the log-density in the units of the data, whatever scaling or
+    dequantisation happens inside.
+
+    Parameters
+    ----------
+    flow : {"realnvp", "glow"} or torch.nn.Module, default="realnvp"
+        An architecture that ``fit`` trains, or a trained flow, which makes the prior fitted.
+    event_shape : tuple of int, default=None
+        ``(d,)`` or ``(C, H, W)``. Default: the shape of the samples given to ``fit``.
+    n_steps : int, default=8
+        Steps of flow per level.
+    n_levels : int, default=None
+        Scales; default: 3 for images as far as their sides allow, 1 for vectors.
+    hidden_channels : int, default=64
+        Width of the coupling networks.
+    bound : float, default=2
+        Largest absolute log-scale of a coupling. Smaller is tamer far from the data, where a
+        noisy measurement may lie.
+    dropout : float in [0, 1), default=0
+        Dropout in the coupling networks while training; helps on small data.
+    dequantize : "auto", None or float, default="auto"
+        Width of the uniform noise that is added to the training data, centred at zero. "auto":
+        1 if all training values are integers (grey levels), otherwise none.
+    horizontal_flips : bool, default=False
+        Mirror training images at random.
+    max_epochs : int, default=100
+    max_minutes : float, default=None
+        Limit of the training time. Results then depend on the machine's speed.
+    batch_size : int, default=64
+    learning_rate : float, default=1e-3
+        Peak learning rate, after the warm-up and before the cosine decay.
+    weight_decay : float, default=0
+        Decoupled weight decay (AdamW).
+    ema_decay : float in [0, 1), default=0.99
+        Decay of the moving average of the weights, which is what is validated and kept.
+    validation_fraction : float in (0, 1), default=0.1
+        Share of the data set apart when ``early_stopping`` is true.
+    early_stopping : bool, default=True
+        Keep the weights of the best validation score, and stop after ``n_iter_no_change`` epochs
+        without a better one.
+    n_iter_no_change : int, default=20
+    device : str or torch.device, default="auto"
+        "auto": the first CUDA device if there is one.
+    random_state : int, RandomState or None, default=None
+    verbose : int, default=0
+        1 shows a progress bar with the validation NLL in bits per dimension and the time left.
+
+    Attributes
+    ----------
+    flow_ : Flow
+        The trained flow, frozen.
+    history_ : list of dict
+        Per epoch: train and validation NLL in nats per dimension, learning rate, seconds.
+    dequantize_level_ : float
+        Width of the noise that was used; 0 for none.
+    n_features_in_ : int
+
+    References
+    ----------
+    Kingma, D. P. and Dhariwal, P., "Glow: Generative Flow with Invertible 1x1 Convolutions",
+    NeurIPS 2018. Dinh, L. et al., "Density estimation using Real NVP", ICLR 2017. Uniform
+    dequantisation: Theis, L. et al., "A note on the evaluation of generative models", ICLR 2016.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skaipo import FlowPrior
+    >>> X = np.random.default_rng(0).normal(size=(200, 2)) @ [[2.0, 0.0], [1.0, 0.5]]
+    >>> prior = FlowPrior("realnvp", n_steps=2, max_epochs=3, random_state=0).fit(X)
+    >>> prior.transform(X).shape
+    (200, 2)
+    """
+
+    def __init__(
+        self,
+        flow="realnvp",
+        *,
+        event_shape=None,
+        n_steps=8,
+        n_levels=None,
+        hidden_channels=64,
+        bound=2.0,
+        dropout=0.0,
+        dequantize="auto",
+        horizontal_flips=False,
+        max_epochs=100,
+        max_minutes=None,
+        batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        ema_decay=0.99,
+        validation_fraction=0.1,
+        early_stopping=True,
+        n_iter_no_change=20,
+        device="auto",
+        random_state=None,
+        verbose=0,
+    ):
+        self.flow = flow
+        self.event_shape = event_shape
+        self.n_steps = n_steps
+        self.n_levels = n_levels
+        self.hidden_channels = hidden_channels
+        self.bound = bound
+        self.dropout = dropout
+        self.dequantize = dequantize
+        self.horizontal_flips = horizontal_flips
+        self.max_epochs = max_epochs
+        self.max_minutes = max_minutes
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.ema_decay = ema_decay
+        self.validation_fraction = validation_fraction
+        self.early_stopping = early_stopping
+        self.n_iter_no_change = n_iter_no_change
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def __sklearn_is_fitted__(self):
+        return isinstance(self.flow, torch.nn.Module) or super().__sklearn_is_fitted__()
+
+    @property
+    def flow_(self):
+        """Flow : the fitted module, frozen."""
+        if isinstance(self.flow, torch.nn.Module):
+            if not isinstance(self.flow, Flow):
+                raise TypeError(
+                    f"flow must be a skaipo.flows.Flow, got {type(self.flow).__name__}. Subclass "
+                    f"Flow with _normalize(x) -> (z, log_det) and _generate(z) -> (x, log_det)."
+                )
+            return self.flow.eval().requires_grad_(False)
+        return super().flow_
+
+    def fit(self, X, y=None):
+        """Train the flow by maximum likelihood. A wrapped, already trained flow is left as it is.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, d) or (n_samples, C, H, W)
+            Clean data.
+        y : Ignored
+
+        Returns
+        -------
+        self : FlowPrior
+
+        Raises
+        ------
+        TrainingDivergedError
+            If the loss became non-finite or exploded. The best weights so far are kept, so that
+            the prior is fitted nevertheless.
+        """
+        event_shape = self.event_shape
+        if isinstance(self.flow, torch.nn.Module):
+            event_shape = self.flow_.event_shape
+        elif not isinstance(self.flow, str):
+            raise TypeError(
+                f"flow must be 'realnvp', 'glow' or a trained flow module, got {self.flow!r}."
+            )
+        x, _, shape = check_batch(
+            X,
+            event_shape=event_shape,
+            estimator=self,
+            reset=True,
+            whose="event_shape" if self.event_shape is not None else "this FlowPrior",
+            dtype=torch.float32,
+        )
+        if isinstance(self.flow, torch.nn.Module):
+            return self
+        self._check_params(len(x))
+        event_shape = tuple(event_shape) if event_shape is not None else shape
+        if self.horizontal_flips and len(event_shape) != 3:
+            raise ValueError(
+                f"horizontal_flips=True needs images, but the samples have shape {event_shape}. "
+                f"Pass X of shape (n_samples, C, H, W), or event_shape=(C, H, W)."
+            )
+        random_state = check_random_state(self.random_state)
+        seed, split_seed = (int(s) for s in random_state.randint(2**31 - 1, size=2))
+        level = self._level(x)
+        device = resolve_device(self.device)
+        variance = float(x.double().var(correction=0)) + level**2 / 12
+        if variance == 0:
+            raise ValueError(
+                "All values of X are equal: its density is degenerate. Pass data that varies, or "
+                "dequantize=1.0 for grey levels."
+            )
+        # Torch's global generator draws the initial weights; leave it as it was found.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            flow = build_flow(
+                self.flow,
+                event_shape,
+                n_steps=self.n_steps,
+                n_levels=self.n_levels,
+                hidden_channels=self.hidden_channels,
+                bound=self.bound,
+                dropout=self.dropout,
+                loc=float(x.double().mean()),
+                scale=math.sqrt(variance),
+            ).to(device)
+            x = x.reshape(-1, *event_shape).to(device)
+            x_val = None
+            if self.early_stopping and len(x) >= 10:
+                n_val = max(1, round(self.validation_fraction * len(x)))
+                n_val = min(n_val, len(x) - 2)
+                order = np.random.RandomState(split_seed).permutation(len(x))
+                x, x_val = x[order[n_val:]], x[order[:n_val]]
+            history = []
+            try:
+                train_flow(
+                    flow,
+                    x,
+                    x_val,
+                    level=level,
+                    horizontal_flips=self.horizontal_flips,
+                    max_epochs=self.max_epochs,
+                    max_minutes=self.max_minutes,
+                    batch_size=self.batch_size,
+                    learning_rate=self.learning_rate,
+                    weight_decay=self.weight_decay,
+                    ema_decay=self.ema_decay,
+                    n_iter_no_change=self.n_iter_no_change if self.early_stopping else None,
+                    seed=seed,
+                    verbose=self.verbose,
+                    callback=lambda epoch, record: history.append(record),
+                )
+            except TrainingDivergedError:
+                self._keep(flow, history, level)
+                raise
+        self._keep(flow, history, level)
+        return self
+
+    def _keep(self, flow, history, level):
+        self._fitted_flow = flow.eval().requires_grad_(False)
+        self.history_ = history
+        self.dequantize_level_ = level
+
+    def _level(self, x):
+        if self.dequantize == "auto":
+            return 1.0 if bool((x == x.round()).all()) else 0.0
+        if self.dequantize is None or self.dequantize is False:
+            return 0.0
+        if isinstance(self.dequantize, numbers.Real) and self.dequantize >= 0:
+            return float(self.dequantize)
+        raise ValueError(
+            f"dequantize must be 'auto', None or the width of a level >= 0, got "
+            f"{self.dequantize!r}."
+        )
+
+    def _check_params(self, n_samples):
+        if n_samples < 2:
+            raise ValueError("FlowPrior needs at least 2 samples to train on, got n_samples=1.")
+        for name in ("max_epochs", "batch_size", "n_steps", "hidden_channels"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        for name, low, high in (
+            ("learning_rate", 0, math.inf),
+            ("validation_fraction", 0, 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not low < value < high:
+                raise ValueError(f"{name} must lie in ({low}, {high}), got {value!r}.")
+        minutes = self.max_minutes
+        if minutes is not None and not (isinstance(minutes, numbers.Real) and minutes > 0):
+            raise ValueError(f"max_minutes must be None or a number above 0, got {minutes!r}.")
+
+    def save(self, path):
+        """Write the prior to a ``.safetensors`` file: weights, and a JSON config as metadata.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Written whole or not at all.
+
+        Raises
+        ------
+        TypeError
+            If the flow is not one of the package's architectures.
+        OSError
+            If the file cannot be written.
+        """
+        flow = self.flow_
+        try:
+            config = flow.config()
+        except AttributeError:
+            raise TypeError(
+                f"Only the flows of skaipo.flows can be saved; save a {type(flow).__name__} with "
+                f"its own library and wrap it again with FlowPrior(flow=module)."
+            ) from None
+        info = {
+            "format": _FORMAT,
+            "flow": config,
+            "dtype": str(flow.loc.dtype).removeprefix("torch."),
+            "dequantize_level": getattr(self, "dequantize_level_", 0.0),
+        }
+        tensors = {k: v.detach().cpu().contiguous() for k, v in flow.state_dict().items()}
+        temporary = f"{os.fspath(path)}.partial"
+        try:
+            save_file(tensors, temporary, metadata={"skaipo": json.dumps(info, sort_keys=True)})
+            os.replace(temporary, path)
+        except SafetensorError as error:
+            raise OSError(f"Could not write {os.fspath(path)!r}: {error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+
+    @classmethod
+    def load(cls, path, device="auto"):
+        """Read a prior that :meth:`save` wrote. Nothing in the file is executed.
+
+        Parameters
+        ----------
+        path : str or path-like
+        device : str or torch.device, default="auto"
+
+        Returns
+        -------
+        prior : FlowPrior
+            Fitted.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is truncated, not a safetensors file, or not a prior of this package.
+        """
+        path = os.fspath(path)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"No file at {path!r}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path!r} is not a whole safetensors file ({error}). It may be truncated; save "
+                f"the prior again with FlowPrior.save."
+            ) from error
+        try:
+            info = json.loads(metadata["skaipo"])
+            config = dict(info["flow"])
+            version, dtype = info["format"], getattr(torch, info["dtype"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path!r} is a safetensors file, but its metadata holds no skaipo prior: it was "
+                f"not written by FlowPrior.save."
+            ) from error
+        if version != _FORMAT:
+            raise ValueError(
+                f"{path!r} has format {version}, this version of skaipo reads {_FORMAT}: update "
+                f"skaipo."
+            )
+        try:
+            options = {k: v for k, v in config.items() if k not in ("class", "event_shape")}
+            # Building draws initial weights; leave torch's global generator as it was found.
+            with torch.random.fork_rng(devices=[]):
+                flow = build_flow(config["class"], tuple(config["event_shape"]), **options)
+            flow.to(dtype).load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"The weights in {path!r} do not fit the architecture that it names, "
+                f"{config.get('class')!r}: {error}"
+            ) from error
+        prior = cls(
+            flow=config["class"].lower(),
+            event_shape=tuple(config["event_shape"]),
+            **{k: flow.config()[k] for k in _OPTIONS},
+            device=device,
+        )
+        prior._keep(flow.to(resolve_device(device)), [], info.get("dequantize_level", 0.0))
+        prior.n_features_in_ = flow.n_features
+        return prior
+
+
+class _GaussianFlow(Flow):
+    """Linear flow of a normal distribution: ``z = C^-1 (x - mean)``, covariance ``C C^T``."""
+
+    def __init__(self, mean, covariance, event_shape):
+        super().__init__(event_shape)
+        self.double()
+        cholesky, info = torch.linalg.cholesky_ex(covariance)
+        if info:
+            raise ValueError(
+                "covariance must be symmetric positive definite; its Cholesky factorisation "
+                "failed. Add a small multiple of the identity (shrinkage)."
+            )
+        self.register_buffer("mean", mean)
+        self.register_buffer("cholesky", cholesky)
+
+    def _normalize(self, x):
+        z = torch.linalg.solve_triangular(
+            self.cholesky, (x.flatten(1) - self.mean).T, upper=False
+        ).T
+        return z, -self.cholesky.diagonal().log().sum()
+
+    def _generate(self, z):
+        x = self.mean + z @ self.cholesky.T
+        return x.reshape(-1, *self.event_shape), self.cholesky.diagonal().log().sum()
+
+
+class GaussianPrior(_Prior):
+    """A multivariate normal prior, for which reconstruction has a closed form.
+
+    A real baseline where images are few, and the reference that the solvers are tested against.
+    All arithmetic is in float64.
+
+    Parameters
+    ----------
+    mean : array-like of shape (d,), default=None
+    covariance : array-like of shape (d, d), default=None
+        If both are given the prior is fitted; otherwise ``fit`` estimates both.
+    shrinkage : "auto" or float in [0, 1], default="auto"
+        How far ``fit`` shrinks the covariance towards a multiple of the identity; "auto" is the
+        Ledoit-Wolf estimate.
+    event_shape : tuple of int, default=None
+        ``(d,)`` by default.
+
+    Attributes
+    ----------
+    mean_ : ndarray of shape (d,)
+    covariance_ : ndarray of shape (d, d)
+    n_features_in_ : int
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skaipo import GaussianPrior
+    >>> from skaipo.noise import GaussianNoise
+    >>> from skaipo.operators import Denoising
+    >>> prior = GaussianPrior(mean=np.zeros(2), covariance=np.eye(2))
+    >>> prior.map_estimate([[2.0, 4.0]], Denoising(), noise=GaussianNoise(1.0))
+    array([[1., 2.]])
+    """
+
+    def __init__(self, mean=None, covariance=None, *, shrinkage="auto", event_shape=None):
+        self.mean = mean
+        self.covariance = covariance
+        self.shrinkage = shrinkage
+        self.event_shape = event_shape
+
+    @property
+    def _given(self):
+        if (self.mean is None) != (self.covariance is None):
+            raise ValueError("Pass both mean and covariance, or neither and call fit(X).")
+        return self.mean is not None
+
+    def __sklearn_is_fitted__(self):
+        return self._given or super().__sklearn_is_fitted__()
+
+    @property
+    def flow_(self):
+        """Flow : the linear flow of this distribution, in float64."""
+        if getattr(self, "_fitted_flow", None) is None and self._given:
+            mean = np.asarray(self.mean, dtype=np.float64)
+            covariance = np.asarray(self.covariance, dtype=np.float64)
+            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                raise ValueError(
+                    f"mean must have shape (d,) and covariance (d, d), got {mean.shape} and "
+                    f"{covariance.shape}."
+                )
+            if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+                raise ValueError("mean and covariance must be finite.")
+            if not np.allclose(covariance, covariance.T):
+                raise ValueError("covariance must be symmetric.")
+            shape = (len(mean),) if self.event_shape is None else tuple(self.event_shape)
+            if math.prod(shape) != len(mean):
+                raise ValueError(
+                    f"mean has {len(mean)} entries, but event_shape {shape} has {math.prod(shape)}."
+                )
+            self._fitted_flow = self._build(mean, covariance, shape)
+        return super().flow_
+
+    @staticmethod
+    def _build(mean, covariance, event_shape):
+        flow = _GaussianFlow(to_tensor(mean), to_tensor(covariance), event_shape)
+        return flow.eval().requires_grad_(False)
+
+    @property
+    def mean_(self):
+        """Ndarray of shape (d,)."""
+        return to_numpy(self.flow_.mean)
+
+    @property
+    def covariance_(self):
+        """Ndarray of shape (d, d)."""
+        factor = to_numpy(self.flow_.cholesky)
+        return factor @ factor.T
+
+    def fit(self, X, y=None):
+        """Estimate mean and covariance, or, where both were given, check the width only.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, d) or (n_samples, *event_shape)
+        y : Ignored
+
+        Returns
+        -------
+        self : GaussianPrior
+        """
+        if self._given:
+            self._fitted_flow = None  # set_params may have changed them
+        event_shape = self.flow_.event_shape if self._given else self.event_shape
+        x, _, shape = check_batch(
+            X, event_shape=event_shape, estimator=self, reset=True, dtype=torch.float64
+        )
+        if self._given:
+            return self
+        if len(x) < 2:
+            raise ValueError("GaussianPrior needs at least 2 samples to fit, got n_samples=1.")
+        x = to_numpy(x)
+        if self.shrinkage == "auto":
+            covariance = LedoitWolf().fit(x).covariance_
+        elif isinstance(self.shrinkage, numbers.Real) and 0 <= self.shrinkage <= 1:
+            covariance = np.atleast_2d(np.cov(x, rowvar=False, bias=True))
+            ridge = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+            covariance = (1 - self.shrinkage) * covariance + self.shrinkage * ridge
+        else:
+            raise ValueError(f"shrinkage must be 'auto' or in [0, 1], got {self.shrinkage!r}.")
+        # Features that never vary have no density; a tiny jitter keeps the factor finite.
+        trace = np.trace(covariance)
+        covariance[np.diag_indices_from(covariance)] += 1e-9 * (trace if trace > 0 else 1e-9)
+        event_shape = tuple(event_shape) if event_shape is not None else shape
+        self._fitted_flow = self._build(x.mean(0), covariance, event_shape)
+        return self
+
+    def map_estimate(self, Y, op, noise=None, lam=1.0):
+        """Closed-form minimiser of ``nll(y, A x) - lam * log p(x)`` for a linear operator.
+
+        ``x = mu + S A^T (A S A^T + lam W^-1)^-1 (y - A mu)``, where ``W`` is twice the identity
+        for squared error and ``1 / sigma^2`` for Gaussian noise. At ``lam = 0`` it is the most
+        probable ``x`` with ``A x = y``, the start of AIPO (eq. 4 of Liu et al., 2023).
+
+        Parameters
+        ----------
+        Y : array-like of shape (n_samples, m)
+            NaN where nothing was measured.
+        op : Operator
+        noise : NoiseModel, default=None
+        lam : float, default=1
+
+        Returns
+        -------
+        X : ndarray of shape (n_samples, d)
+        """
+        return self._solve(Y, op, noise, lam)[0]
+
+    def posterior(self, Y, op, noise):
+        """Posterior mean and covariance under Gaussian noise.
+
+        Parameters
+        ----------
+        Y : array-like of shape (n_samples, m)
+        op : Operator
+        noise : GaussianNoise
+
+        Returns
+        -------
+        mean : ndarray of shape (n_samples, d)
+        covariance : ndarray of shape (n_samples, d, d)
+        """
+        return self._solve(Y, op, noise, 1.0)
+
+    def _solve(self, Y, op, noise, lam):
+        lam = check_lam(lam)
+        op = as_operator(op).bind(self.event_shape_)
+        if not op.is_linear:
+            raise TypeError(f"The closed form needs a linear operator, got {op!r}.")
+        d, m = op.n_features_in_, op.n_measurements_
+        noise = as_noise(noise).bind(m)
+        if not isinstance(noise, SquaredError | GaussianNoise):
+            raise TypeError(
+                f"The closed form needs squared error or GaussianNoise, got {type(noise).__name__}."
+            )
+        y, _, _ = check_batch(
+            Y,
+            event_shape=op.measurement_shape_,
+            name="Y",
+            whose="op",
+            allow_nan=True,
+            dtype=torch.float64,
+        )
+        y = to_numpy(y)
+        A = to_numpy(op.forward(torch.eye(d, dtype=torch.float64))).T
+        # Quadratic noise: nll of a unit residual in entry i is half of its weight.
+        eye = torch.eye(m, dtype=torch.float64)
+        variance = lam / (2 * to_numpy(noise.nll(eye, torch.zeros_like(eye))))
+        measured = ~np.isnan(y) & np.asarray(op.measured_)
+        mean, covariance = self.mean_, self.covariance_
+        means, covariances = [], []
+        for row, seen in zip(y, measured, strict=True):
+            a = A[seen]
+            gram = a @ covariance @ a.T + np.diag(variance[seen])
+            gain = np.linalg.lstsq(gram, a @ covariance, rcond=None)[0].T
+            means.append(mean + gain @ (row[seen] - a @ mean))
+            covariances.append(covariance - gain @ a @ covariance)
+        return np.stack(means), np.stack(covariances)
