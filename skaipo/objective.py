@@ -1,0 +1,216 @@
+"""The MAP objective: value and gradient per row, data term and prior term kept apart."""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+__all__ = ["Evaluation", "MAPObjective"]
+
+PENALTIES = ("density", "latent")
+SPACES = ("image", "latent")
+
+
+def check_choice(name, value, choices):
+    """Raise a ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    return value
+
+
+@dataclass
+class Evaluation:
+    """What one evaluation of the objective gives, per row.
+
+    Attributes
+    ----------
+    x : torch.Tensor of shape (n, d)
+        The image.
+    data, prior : torch.Tensor of shape (n,)
+        ``nll(y, f(x))`` and the penalty; the objective is ``data + lam * prior``.
+    log_prob : torch.Tensor of shape (n,)
+        ``log p_G(x)``, whatever the penalty.
+    grad_data, grad_prior : torch.Tensor of shape (n, d)
+        Gradients of the two terms with respect to the variable.
+    """
+
+    x: torch.Tensor
+    data: torch.Tensor
+    prior: torch.Tensor
+    log_prob: torch.Tensor
+    grad_data: torch.Tensor
+    grad_prior: torch.Tensor
+
+    def value(self, lam):
+        """Objective at ``lam`` (n,), shape (n,)."""
+        return self.data + lam * self.prior
+
+    def gradient(self, lam):
+        """Gradient of the objective at ``lam`` (n,), shape (n, d)."""
+        return torch.addcmul(self.grad_data, lam[:, None], self.grad_prior)
+
+    def relative_gradient(self, lam):
+        """Norm of the gradient over the sum of the norms of its two terms, in [0, 1].
+
+        At a minimiser the two terms cancel, so that the quotient measures how well they do,
+        whatever the units of the objective and of the variable. Exactly zero gradients give 0.
+        """
+        scale = self.grad_data.norm(dim=1) + lam * self.grad_prior.norm(dim=1)
+        norm = self.gradient(lam).norm(dim=1)
+        return torch.where(norm == 0, norm, norm / scale)
+
+    def finite(self):
+        """Rows whose terms and gradients are all finite, shape (n,)."""
+        ok = self.data.isfinite() & self.prior.isfinite() & self.x.isfinite().all(1)
+        return ok & self.grad_data.isfinite().all(1) & self.grad_prior.isfinite().all(1)
+
+    def rows(self, index):
+        """The evaluation restricted to some rows."""
+        return Evaluation(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def where(self, mask, other):
+        """Rows of ``other`` where ``mask`` is true, of this evaluation elsewhere."""
+        out = {}
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            chosen = mask[:, None] if mine.ndim == 2 else mask
+            out[f.name] = torch.where(chosen, theirs, mine)
+        return Evaluation(**out)
+
+
+class MAPObjective:
+    """``nll(y, f(x)) + lam * penalty`` for a batch of measurements, row by row.
+
+    Parameters
+    ----------
+    flow : Flow
+        The prior's flow, frozen.
+    op : Operator
+        Bound to the flow's event shape.
+    noise : NoiseModel
+        Bound to the operator's number of measurements.
+    y : torch.Tensor of shape (n, m)
+        Measurements; NaN where nothing was measured.
+    space : {"image", "latent"}, default="image"
+        The variable: the image ``x`` itself, or ``z`` with ``x = G(z)``.
+    penalty : {"density", "latent"}, default="density"
+        ``-log p_G(x)``, the MAP of Liu et al. (2023), the same function in both spaces; or
+        ``||z||^2 / 2``, the surrogate of Asim et al. (2020), whose minimiser is another one.
+
+    Attributes
+    ----------
+    n_evals : torch.Tensor of shape (n,)
+        Flow evaluations so far: passes through the flow with a gradient.
+    observed : torch.Tensor of shape (n, m), bool
+        Which measurements exist.
+    """
+
+    def __init__(self, flow, op, noise, y, space="image", penalty="density"):
+        self.flow = flow
+        self.op = op
+        self.noise = noise
+        self.space = check_choice("space", space, SPACES)
+        self.penalty = check_choice("penalty", penalty, PENALTIES)
+        measured = torch.tensor(op.measured_, device=y.device)
+        self.observed = measured & ~y.isnan()
+        self.y = torch.where(self.observed, y, 0.0)
+        self.n_evals = torch.zeros(len(y), dtype=torch.long, device=y.device)
+
+    def __len__(self):
+        return len(self.y)
+
+    def in_space(self, space, penalty=None):
+        """The same measurements and counters, with another variable or penalty."""
+        other = object.__new__(MAPObjective)
+        other.__dict__.update(self.__dict__)
+        other.space = check_choice("space", space, SPACES)
+        other.penalty = check_choice("penalty", penalty or self.penalty, PENALTIES)
+        return other
+
+    @property
+    def n_features(self):
+        """Dimension of the image and of the latent space."""
+        return self.flow.n_features
+
+    def scale(self):
+        """Typical size of one entry of the variable: 1 in latent space, pixels in image space."""
+        return 1.0 if self.space == "latent" else self.flow.data_scale()
+
+    def variable(self, x):
+        """The variable of this objective at the image ``x`` of shape (n, d); counts if it flows."""
+        if self.space == "image":
+            return x
+        self.n_evals += 1
+        with torch.no_grad():
+            return self._padded(lambda x: self.flow(x)[0], x)
+
+    def image(self, u):
+        """The image at the variable ``u``."""
+        if self.space == "image":
+            return u
+        with torch.no_grad():
+            return self._padded(lambda z: self.flow.inverse(z).flatten(1), u)
+
+    @staticmethod
+    def _padded(function, *arguments):
+        """Call with rows padded to a multiple of 8, so that a row's result is the same bits in
+        every batch: kernels choose their order of summation by the batch's size."""
+        n = len(arguments[0])
+        padding = -n % 8
+        if padding:
+            arguments = [torch.cat((a, a[-1:].expand(padding, *a.shape[1:]))) for a in arguments]
+        result = function(*arguments)
+        return tuple(r[:n] for r in result) if isinstance(result, tuple) else result[:n]
+
+    def evaluate(self, u, rows=None):
+        """Values and gradients of both terms.
+
+        Parameters
+        ----------
+        u : torch.Tensor of shape (k, d)
+        rows : torch.Tensor of shape (k,), default=None
+            Which measurements the rows of ``u`` belong to; default: all, in order.
+
+        Returns
+        -------
+        evaluation : Evaluation
+            Rows that overflow hold non-finite numbers and do not touch the others.
+        """
+        if rows is None:
+            rows = torch.arange(len(self), device=u.device)
+        self.n_evals[rows] += 1
+        terms = self._image_terms if self.space == "image" else self._latent_terms
+        return Evaluation(*self._padded(terms, u, self.y[rows], self.observed[rows]))
+
+    def _nll(self, x, y, observed):
+        return self.noise.nll(self.op.forward(x), y, observed)
+
+    @torch.enable_grad()
+    def _image_terms(self, u, y, observed):
+        x = u.detach().requires_grad_()
+        data = self._nll(x, y, observed)
+        (grad_data,) = torch.autograd.grad(data.sum(), x)
+        z, log_det = self.flow(x)
+        log_prob = log_det - 0.5 * z.square().sum(1) - self._log_normaliser()
+        prior = -log_prob if self.penalty == "density" else 0.5 * z.square().sum(1)
+        (grad_prior,) = torch.autograd.grad(prior.sum(), x)
+        return u, data.detach(), prior.detach(), log_prob.detach(), grad_data, grad_prior
+
+    @torch.enable_grad()
+    def _latent_terms(self, u, y, observed):
+        z = u.detach().requires_grad_()
+        x, log_det = self.flow.inverse_and_log_det(z)
+        x = x.flatten(1)
+        data = self._nll(x, y, observed)
+        density = self.penalty == "density"
+        (grad_data,) = torch.autograd.grad(data.sum(), z, retain_graph=density)
+        half_norm = 0.5 * u.square().sum(1)
+        log_prob = -half_norm - log_det.detach() - self._log_normaliser()
+        grad_prior = u
+        if density and log_det.requires_grad:
+            (grad_log_det,) = torch.autograd.grad(log_det.sum(), z)
+            grad_prior = u + grad_log_det
+        prior = -log_prob if density else half_norm
+        return x.detach(), data.detach(), prior, log_prob, grad_data, grad_prior
+
+    def _log_normaliser(self):
+        return 0.5 * self.n_features * 1.8378770664093453  # d/2 log(2 pi)

@@ -1,0 +1,103 @@
+"""First-order update rules: gradient descent and Adam, one state per row."""
+
+import math
+
+import torch
+
+from skaipo.solvers._base import Method
+
+__all__ = ["Adam", "GradientDescent"]
+
+
+class Adam(Method):
+    """Adam (Kingma & Ba, 2015) with moments, step count and step size per row.
+
+    Parameters
+    ----------
+    learning_rate : float, default=0.02
+        In units of the variable's typical size: the data's standard deviation in image space, 1
+        in latent space.
+    betas : tuple of float, default=(0.9, 0.999)
+    final_rate : float, default=0.01
+        Share of the learning rate that is left when the budget ends, along half a cosine over the
+        stage at the target lambda. 1 keeps it constant.
+    """
+
+    def __init__(self, learning_rate=0.02, betas=(0.9, 0.999), final_rate=0.01):
+        self.learning_rate = learning_rate
+        self.betas = betas
+        self.final_rate = final_rate
+
+    def start(self, objective, u, evaluation, lam):
+        return dict(
+            mean=torch.zeros_like(u),
+            square=torch.zeros_like(u),
+            steps=torch.zeros_like(lam),
+            rate=torch.full_like(lam, self.learning_rate * objective.scale()),
+        )
+
+    def direction(self, memory, gradient):
+        """Update the moments by a gradient; return the bias-corrected step of unit rate."""
+        first, second = self.betas
+        memory["steps"] += 1
+        memory["mean"].lerp_(gradient, 1 - first)
+        memory["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        mean = memory["mean"] / (1 - first ** memory["steps"])[:, None]
+        square = memory["square"] / (1 - second ** memory["steps"])[:, None]
+        return -mean / (square.sqrt() + torch.finfo(gradient.dtype).tiny ** 0.5)
+
+    def propose(self, memory, u, evaluation, lam, progress):
+        decay = self.final_rate + (1 - self.final_rate) * 0.5 * (1 + (math.pi * progress).cos())
+        step = self.direction(memory, evaluation.gradient(lam))
+        return u + (memory["rate"] * decay)[:, None] * step
+
+    def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
+        return ok
+
+    def forget(self, memory, rows):
+        for key in ("mean", "square", "steps"):
+            memory[key][rows] = 0.0
+
+    def soften(self, memory, rows):
+        self.forget(memory, rows)
+        memory["rate"][rows] *= 0.1
+
+
+class GradientDescent(Method):
+    """Gradient descent with step ``1 / L``, or with a step found by backtracking.
+
+    Parameters
+    ----------
+    lipschitz : float, default=None
+        ``L`` of Assumption 3.2 of Liu et al. (2023): every step has length ``1 / L`` and is
+        taken. Default: each row looks for its own, accepting a trial that decreases the
+        objective by at least half of what a step of that length promises.
+    """
+
+    def __init__(self, lipschitz=None):
+        self.lipschitz = lipschitz
+
+    def start(self, objective, u, evaluation, lam):
+        if self.lipschitz is not None:
+            return dict(step=torch.full_like(lam, 1.0 / self.lipschitz))
+        norm = evaluation.gradient(lam).norm(dim=1).clamp_min(torch.finfo(u.dtype).tiny)
+        return dict(step=0.05 * objective.scale() * u.shape[1] ** 0.5 / norm)
+
+    def propose(self, memory, u, evaluation, lam, progress):
+        return u - memory["step"][:, None] * evaluation.gradient(lam)
+
+    def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
+        if self.lipschitz is not None:
+            return ok
+        promised = 0.5 * memory["step"] * evaluation.gradient(lam).square().sum(1)
+        enough = ok & (trial_evaluation.value(lam) <= evaluation.value(lam) - promised)
+        memory["step"] *= torch.where(enough, 1.5, 0.5)
+        return enough
+
+    def soften(self, memory, rows):
+        memory["step"][rows] *= 0.1
+
+    def stalled(self, memory, u):
+        if self.lipschitz is not None:
+            return super().stalled(memory, u)
+        return memory["step"] <= torch.finfo(u.dtype).tiny * 1e6

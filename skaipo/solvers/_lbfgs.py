@@ -1,0 +1,157 @@
+"""Limited-memory BFGS for a batch of independent problems."""
+
+import torch
+
+from skaipo.solvers._base import Method
+
+__all__ = ["LBFGS"]
+
+
+def _dot(a, b):
+    return (a * b).sum(1)
+
+
+class LBFGS(Method):
+    """L-BFGS (Nocedal & Wright, 2006, algorithm 7.4) with its own pairs and step for each row.
+
+    One trial per row and iteration: a row whose trial fails the Armijo test shortens its step by
+    quadratic interpolation and tries again in the next iteration, while its neighbours go on.
+    The two terms' gradient differences are stored apart, so that the curvature pairs
+    ``y = y_data + lam * y_prior`` stay exact when lambda changes.
+
+    Parameters
+    ----------
+    memory : int, default=10
+        Number of curvature pairs.
+    first_step : float, default=0.05
+        Length of the first step, per square root of the dimension, in units of the variable's
+        typical size.
+    """
+
+    def __init__(self, memory=10, first_step=0.05):
+        self.memory = memory
+        self.first_step = first_step
+
+    # Sufficient decrease, and how small a step may get before the memory is dropped.
+    _ARMIJO = 1e-4
+    _MAX_TRIALS = 12
+
+    def start(self, objective, u, evaluation, lam):
+        n, d = u.shape
+        memory = dict(
+            s=u.new_zeros(n, self.memory, d),
+            y_data=u.new_zeros(n, self.memory, d),
+            y_prior=u.new_zeros(n, self.memory, d),
+            count=torch.zeros(n, dtype=torch.long, device=u.device),
+            direction=torch.zeros_like(u),
+            slope=torch.zeros_like(lam),
+            step=torch.ones_like(lam),
+            length=torch.full_like(lam, self.first_step * objective.scale() * d**0.5),
+            trials=torch.zeros(n, dtype=torch.long, device=u.device),
+            steepest=torch.zeros(n, dtype=torch.bool, device=u.device),
+            stuck=torch.zeros(n, dtype=torch.bool, device=u.device),
+        )
+        self._aim(memory, evaluation, lam, torch.ones_like(memory["stuck"]))
+        return memory
+
+    def _aim(self, memory, evaluation, lam, rows):
+        """Two-loop recursion: new search directions for the rows of a mask."""
+        index = rows.nonzero().flatten()
+        if len(index) == 0:
+            return
+        gradient = evaluation.rows(index).gradient(lam[index])
+        count = memory["count"][index]
+        q = gradient.clone()
+        pairs, gamma = [], None
+        for back in range(min(self.memory, int(count.max()))):
+            slot = (count - 1 - back) % self.memory
+            valid = back < count
+            s = memory["s"][index, slot]
+            y = torch.addcmul(
+                memory["y_data"][index, slot], lam[index, None], memory["y_prior"][index, slot]
+            )
+            curvature = _dot(s, y)
+            # A pair that was convex at another lambda need not be so at this one.
+            valid = valid & (curvature > 1e-8 * _dot(y, y).sqrt() * _dot(s, s).sqrt())
+            rho = torch.where(valid, 1.0 / curvature, 0.0)
+            alpha = rho * _dot(s, q)
+            q = q - alpha[:, None] * y
+            pairs.append((s, y, rho, alpha))
+            newest = torch.where(valid, curvature / _dot(y, y), torch.nan)
+            gamma = newest if gamma is None else torch.where(gamma.isnan(), newest, gamma)
+        norm = gradient.norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        first = memory["length"][index] / norm
+        gamma = first if gamma is None else torch.where(gamma.isnan(), first, gamma)
+        q = gamma[:, None] * q
+        for s, y, rho, alpha in reversed(pairs):
+            q = q + (alpha - rho * _dot(y, q))[:, None] * s
+        direction = -q
+        slope = _dot(direction, gradient)
+        # Rounding can spoil a direction; steepest descent is always one of descent.
+        bad = ~(slope < 0) | ~direction.isfinite().all(1)
+        direction = torch.where(bad[:, None], -first[:, None] * gradient, direction)
+        memory["direction"][index] = direction
+        memory["slope"][index] = torch.where(bad, -first * norm.square(), slope)
+        memory["step"][index] = 1.0
+        memory["trials"][index] = 0
+        memory["steepest"][index] = bad | (count == 0)
+
+    def propose(self, memory, u, evaluation, lam, progress):
+        return torch.addcmul(u, memory["step"][:, None], memory["direction"])
+
+    def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
+        value, new = evaluation.value(lam), trial_evaluation.value(lam)
+        slope, step = memory["slope"], memory["step"]
+        decrease = new <= value + self._ARMIJO * step * slope
+        # Near a minimum the decrease drowns in rounding; then the slope decides (the approximate
+        # Wolfe condition of Hager & Zhang, 2005, eq. 4.1).
+        noise = (
+            4 * torch.finfo(u.dtype).eps * (evaluation.data.abs() + (lam * evaluation.prior).abs())
+        )
+        new_slope = _dot(trial_evaluation.gradient(lam), memory["direction"])
+        flat = (new <= value + noise) & (new_slope <= (2 * self._ARMIJO - 1) * slope)
+        accept = ok & (decrease | flat)
+
+        index = accept.nonzero().flatten()
+        if len(index):
+            s = trial[index] - u[index]
+            y_data = trial_evaluation.grad_data[index] - evaluation.grad_data[index]
+            y_prior = trial_evaluation.grad_prior[index] - evaluation.grad_prior[index]
+            y = torch.addcmul(y_data, lam[index, None], y_prior)
+            good = _dot(s, y) > 1e-8 * s.norm(dim=1) * y.norm(dim=1)
+            keep = index[good]
+            slot = memory["count"][keep] % self.memory
+            memory["s"][keep, slot] = s[good]
+            memory["y_data"][keep, slot] = y_data[good]
+            memory["y_prior"][keep, slot] = y_prior[good]
+            memory["count"][keep] += 1
+            # What a restart may try first: about the length of the last good step.
+            memory["length"][index] = s.norm(dim=1)
+            self._aim(memory, evaluation.where(accept, trial_evaluation), lam, accept)
+
+        # Minimum of the parabola through value, slope and the failed trial, safeguarded.
+        shorter = -0.5 * slope * step / ((new - value) / step - slope)
+        shorter = torch.where(shorter.isfinite(), shorter, 0.1 * step)
+        shorter = torch.minimum(torch.maximum(shorter, 0.1 * step), 0.5 * step)
+        memory["step"] = torch.where(accept, memory["step"], shorter)
+        memory["trials"] += ~accept
+        spent = ~accept & (memory["trials"] >= self._MAX_TRIALS)
+        if spent.any():
+            memory["stuck"] |= spent & memory["steepest"]
+            self.soften(memory, spent)
+            self._aim(memory, evaluation, lam, spent)
+        return accept
+
+    def retarget(self, memory, u, evaluation, lam, rows):
+        memory["stuck"] &= ~rows
+        self._aim(memory, evaluation, lam, rows)
+
+    def forget(self, memory, rows):
+        memory["count"][rows] = 0
+
+    def soften(self, memory, rows):
+        self.forget(memory, rows)
+        memory["length"][rows] *= 0.1
+
+    def stalled(self, memory, u):
+        return memory["stuck"]
