@@ -1,6 +1,7 @@
 """Reconstruct images and signals from corrupted measurements with a normalizing flow as prior."""
 
-from skaipo.estimators import AIPORegressor, FixedLambdaMAP, Reconstruction
+from skaipo._reconstruct import Reconstruction
+from skaipo.estimators import AIPORegressor, FixedLambdaMAP
 from skaipo.priors import FlowPrior, GaussianPrior
 
 __version__ = "0.1.0"

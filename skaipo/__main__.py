@@ -50,7 +50,7 @@ def paired_interval(difference, n_resamples=2000, seed=0):
     return difference.mean(), low, high
 
 
-def demo(n_images=48, max_evals=300, seed=0, output="skaipo-demo.png", shown=12):
+def demo(n_images=36, max_evals=300, seed=0, output="skaipo-demo.png", shown=12):
     """Reconstruct held-out digits by every method; print a table and draw a figure.
 
     Returns
@@ -139,7 +139,7 @@ def main(argv=None):
         "demo", help="denoise, inpaint and recover held-out digits; print a table, draw a figure"
     )
     command.add_argument("--quick", action="store_true", help="a few digits and evaluations")
-    command.add_argument("--images", type=int, help="number of digits, at most 360 (default 48)")
+    command.add_argument("--images", type=int, help="number of digits, at most 360 (default 36)")
     command.add_argument("--max-evals", type=int, help="evaluations per digit (default 300)")
     command.add_argument("--seed", type=int, default=0, help="of the mask and the noise")
     command.add_argument("--output", default="skaipo-demo.png", help="path of the figure")
@@ -147,7 +147,7 @@ def main(argv=None):
     if args.command is None:
         parser.print_help()
         return 2
-    images, evals = (8, 40) if args.quick else (48, 300)
+    images, evals = (8, 40) if args.quick else (36, 300)
     images = images if args.images is None else args.images
     evals = evals if args.max_evals is None else args.max_evals
     if not 1 <= images <= 360:

@@ -2,7 +2,6 @@
 
 import numbers
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,80 +12,27 @@ from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_is_fitted
 
 from skaipo._progress import Progress
-from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
+from skaipo._reconstruct import Problem, Reconstruction, solve_chunk
+from skaipo._validation import check_batch, check_lam, to_tensor
 from skaipo.noise import as_noise
-from skaipo.objective import MAPObjective, check_choice
+from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
+from skaipo.operators._base import ShortRepr
 from skaipo.priors import FlowPrior
 from skaipo.solvers import (
     LBFGS,
-    STATUS,
     Adam,
-    FixedLambda,
+    GeometricSchedule,
     GradientDescent,
     LinearSchedule,
     Method,
-    minimize,
-    mle_start,
 )
 
-__all__ = ["AIPORegressor", "FixedLambdaMAP", "Reconstruction"]
+__all__ = ["AIPORegressor", "FixedLambdaMAP"]
 
 _METHODS = {"adam": Adam, "lbfgs": LBFGS, "gd": GradientDescent}
+_SCHEDULES = {"linear": LinearSchedule, "geometric": GeometricSchedule}
 _INITS = ("mle", "zero", "random")
-# The paper's number of projected-gradient iterations for the MLE start.
-_MLE_EVALS = 500
-
-
-@dataclass(repr=False)
-class Reconstruction:
-    """The whole story of a batch of reconstructions.
-
-    Attributes
-    ----------
-    x : ndarray or torch.Tensor of shape (n_samples, d) or (n_samples, *event_shape)
-        Reconstructions, in the layout of the measurements.
-    objective : ndarray of shape (n_samples,)
-        ``misfit + lam * penalty`` at ``x``; for the default penalty,
-        ``misfit - lam * log_prob``.
-    misfit : ndarray of shape (n_samples,)
-        ``nll(y, f(x))`` over the observed measurements.
-    log_prob : ndarray of shape (n_samples,)
-        ``log p_G(x)`` in nats.
-    n_evals : ndarray of shape (n_samples,)
-        Flow evaluations spent, the start included.
-    n_observed : ndarray of shape (n_samples,)
-        Measurements that were there.
-    status : ndarray of str of shape (n_samples,)
-        "converged", "budget" (ran out of evaluations), "stalled" (no step makes progress) or
-        "diverged" (numbers overflowed and smaller steps did not help).
-    lam : float
-    lam_history, objective_history : list of ndarray, or None
-        Per row: lambda and objective at that lambda after each evaluation, if asked for.
-    """
-
-    x: object
-    objective: np.ndarray
-    misfit: np.ndarray
-    log_prob: np.ndarray
-    n_evals: np.ndarray
-    n_observed: np.ndarray
-    status: np.ndarray
-    lam: float
-    lam_history: list | None = None
-    objective_history: list | None = None
-
-    def counts(self):
-        """Number of rows per status, a dict in the order of ``skaipo.solvers.STATUS``."""
-        return {name: int((self.status == name).sum()) for name in STATUS}
-
-    def __repr__(self):
-        counts = ", ".join(f"{k} {v}" for k, v in self.counts().items() if v)
-        return (
-            f"<Reconstruction of {len(self.status)} samples at lam={self.lam:g}: {counts}; "
-            f"mean objective {np.mean(self.objective):.6g}, "
-            f"mean evaluations {np.mean(self.n_evals):.0f}>"
-        )
 
 
 def _is_prior(obj):
@@ -101,7 +47,7 @@ def _is_fitted(prior):
     return True
 
 
-class _MAPRegressor(RegressorMixin, BaseEstimator):
+class _MAPRegressor(ShortRepr, RegressorMixin, BaseEstimator):
     """What both estimators share: priors, validation, chunks, results."""
 
     def __sklearn_tags__(self):
@@ -238,6 +184,48 @@ class _MAPRegressor(RegressorMixin, BaseEstimator):
             return self.solver
         return _METHODS[check_choice("solver", self.solver, tuple(_METHODS))]()
 
+    def _solve(self, Y, lams, history=False):
+        """Reconstructions at ascending lambdas."""
+        self._check_params()
+        prior = self._ready_prior()
+        flow = prior.flow_
+        op, noise = self._bind(prior)
+        y, layout, _ = self._measurements(Y, op, flow=flow)
+        starts = self._starts(y, flow)
+        problem = Problem(
+            prior=prior,
+            op=op,
+            noise=noise,
+            method=self._method(),
+            schedule=self._schedule(),
+            space=check_choice("space", self.space, SPACES),
+            penalty=check_choice("penalty", self.penalty, PENALTIES),
+            lams=lams,
+            max_evals=self.max_evals,
+            tol=self.tol,
+            history=history,
+        )
+        # The edges of the chunks follow batch_size alone: results do not depend on n_jobs.
+        chunks = list(torch.arange(len(y)).split(self.batch_size))
+        parts = []
+        with Progress(type(self).__name__, len(y), enabled=self.verbose > 0) as bar:
+            results = Parallel(n_jobs=self.n_jobs, return_as="generator")(
+                delayed(solve_chunk)(
+                    problem, y[rows], starts if isinstance(starts, str) else starts[rows]
+                )
+                for rows in chunks
+            )
+            done = 0
+            for rows, (part, _) in zip(chunks, results, strict=True):
+                parts.append(part)
+                done += len(rows)
+                bar.update(done)
+        by_lam = zip(*parts, strict=True)
+        joined = [Reconstruction.join(p, lam) for lam, p in zip(lams, by_lam, strict=True)]
+        for result in joined:
+            result.x = layout.restore(to_tensor(result.x), op.event_shape_)
+        return joined
+
     def reconstruct(self, Y, *, history=False):
         """Reconstruct a batch and tell how each row went.
 
@@ -252,48 +240,13 @@ class _MAPRegressor(RegressorMixin, BaseEstimator):
         -------
         reconstruction : Reconstruction
         """
-        lam = check_lam(self.lam)
-        self._check_params()
-        prior = self._ready_prior()
-        flow = prior.flow_
-        op, noise = self._bind(prior)
-        y, layout, _ = self._measurements(Y, op, flow=flow)
-        starts = self._starts(y, flow)
-        method, schedule = self._method(), self._schedule()
-        chunks = list(torch.arange(len(y)).split(self.batch_size))
-        task = delayed(_solve_chunk)
-        with Progress(type(self).__name__, len(y), enabled=self.verbose > 0) as bar:
-            results = Parallel(n_jobs=self.n_jobs, return_as="generator")(
-                task(
-                    MAPObjective(flow, op, noise, y[rows], self.space, self.penalty),
-                    starts if isinstance(starts, str) else starts[rows],
-                    method,
-                    schedule,
-                    dict(lam=lam, max_evals=self.max_evals, tol=self.tol, history=history),
-                )
-                for rows in chunks
-            )
-            parts = []
-            for part in results:
-                parts.append(part)
-                bar.update(sum(len(p["status"]) for p in parts))
-        joined = {
-            key: np.concatenate([part[key] for part in parts])
-            for key in ("x", "objective", "misfit", "log_prob", "n_evals", "n_observed", "status")
-        }
-        x = layout.restore(to_tensor(joined.pop("x")), op.event_shape_)
-        joined["status"] = np.array(STATUS)[joined["status"]]
-        histories = {}
-        if history:
-            for key in ("lam_history", "objective_history"):
-                histories[key] = [row for part in parts for row in part[key]]
-        result = Reconstruction(x=x, lam=lam, **joined, **histories)
+        result = self._solve(Y, (check_lam(self.lam),), history)[0]
         diverged = int((result.status == "diverged").sum())
         if diverged:
             warnings.warn(
-                f"{diverged} of {len(y)} rows diverged: their numbers overflowed and smaller steps "
-                f"did not help; what is returned for them is the best that was seen. Check the "
-                f"units of these measurements; see reconstruct(Y).status.",
+                f"{diverged} of {len(result.status)} rows diverged: their numbers overflowed and "
+                f"smaller steps did not help; what is returned for them is the best that was seen. "
+                f"Check the units of these measurements; see reconstruct(Y).status.",
                 ConvergenceWarning,
                 stacklevel=2,
             )
@@ -358,61 +311,6 @@ class _MAPRegressor(RegressorMixin, BaseEstimator):
         return float(1 - residual / total) if total > 0 else float(residual == 0)
 
 
-def _solve_chunk(objective, start, method, schedule, options):
-    """Solve one chunk of rows; numpy out, so that it can come back from another process."""
-    lam, max_evals = options["lam"], options["max_evals"]
-    y = objective.y
-    n = len(objective)
-    fallback = None
-    if not isinstance(schedule, FixedLambda):
-        # Where the continuation fails, from the mode of the latent space.
-        z0 = y.new_zeros(1, objective.n_features)
-        fallback = objective.in_space("latent").image(z0) if objective.space == "image" else z0
-        fallback = fallback.expand(n, -1)
-    if isinstance(start, str) and start == "mle":
-        # At most a third of the budget, and never more than the paper's number.
-        x0, _ = mle_start(objective, max_evals=min(_MLE_EVALS, max(1, max_evals // 3)))
-        u0 = objective.variable(x0)
-    else:
-        z0 = y.new_zeros(n, objective.n_features) if isinstance(start, str) else start
-        u0 = z0
-        if objective.space == "image":
-            u0 = objective.in_space("latent").image(z0)
-            objective.n_evals += 1
-    target = torch.full((n,), lam, dtype=y.dtype, device=y.device)
-    solution = minimize(
-        objective,
-        u0,
-        target,
-        method,
-        schedule,
-        max_evals=max_evals,
-        tol=options["tol"],
-        fallback=fallback,
-        history=options["history"],
-    )
-    best = solution.evaluation
-    result = dict(
-        x=best.x,
-        objective=best.value(target),
-        misfit=best.data,
-        log_prob=best.log_prob,
-        n_evals=objective.n_evals,
-        n_observed=objective.observed.sum(1),
-        status=solution.status,
-    )
-    result = {key: to_numpy(value) for key, value in result.items()}
-    if options["history"]:
-        lams, values = [[] for _ in range(n)], [[] for _ in range(n)]
-        for rows, _, lam_now, value in solution.history:
-            for i, a, b in zip(rows.tolist(), lam_now.tolist(), value.tolist(), strict=True):
-                lams[i].append(a)
-                values[i].append(b)
-        result["lam_history"] = [np.array(row) for row in lams]
-        result["objective_history"] = [np.array(row) for row in values]
-    return result
-
-
 class AIPORegressor(_MAPRegressor):
     """MAP reconstruction by AIPO: lambda rises from 0 to its target, each solve warm-started.
 
@@ -436,8 +334,9 @@ class AIPORegressor(_MAPRegressor):
         Variable of the optimisation.
     penalty : {"density", "latent"}, default="density"
         ``-log p_G(x)``, or ``||z||^2 / 2``.
-    schedule : "linear" or LinearSchedule, default="linear"
-        How lambda rises.
+    schedule : {"linear", "geometric"} or schedule object, default="linear"
+        How lambda rises: in equal steps (:class:`~skaipo.solvers.LinearSchedule`), or along fixed
+        lambdas in equal ratios (:class:`~skaipo.solvers.GeometricSchedule`).
     max_evals : int, default=300
         Flow evaluations per row, everything counted; at most a third goes to the start.
     tol : float, default=1e-4
@@ -512,10 +411,9 @@ class AIPORegressor(_MAPRegressor):
         return "mle"
 
     def _schedule(self):
-        if isinstance(self.schedule, str):
-            check_choice("schedule", self.schedule, ("linear",))
-            return LinearSchedule()
-        return self.schedule
+        if not isinstance(self.schedule, str):
+            return self.schedule
+        return _SCHEDULES[check_choice("schedule", self.schedule, tuple(_SCHEDULES))]()
 
 
 class FixedLambdaMAP(_MAPRegressor):
@@ -595,4 +493,4 @@ class FixedLambdaMAP(_MAPRegressor):
         return to_tensor(z, device=y.device, dtype=y.dtype)
 
     def _schedule(self):
-        return FixedLambda()
+        return None

@@ -58,6 +58,11 @@ class Evaluation:
         norm = self.gradient(lam).norm(dim=1)
         return torch.where(norm == 0, norm, norm / scale)
 
+    def rounding(self, lam):
+        """How much of a difference in the objective may be rounding, shape (n,)."""
+        eps = torch.finfo(self.data.dtype).eps
+        return 64 * eps * (self.data.abs() + (lam * self.prior).abs())
+
     def finite(self):
         """Rows whose terms and gradients are all finite, shape (n,)."""
         ok = self.data.isfinite() & self.prior.isfinite() & self.x.isfinite().all(1)
@@ -152,10 +157,11 @@ class MAPObjective:
 
     @staticmethod
     def _padded(function, *arguments):
-        """Call with rows padded to a multiple of 8, so that a row's result is the same bits in
-        every batch: kernels choose their order of summation by the batch's size."""
+        """Call with rows padded to a multiple of 8 and at least 16: kernels choose their order of
+        summation by the batch's size, and a row's result should not depend on it. (For images it
+        is then the same bits on the processors tried; for vectors of odd sizes, to rounding.)"""
         n = len(arguments[0])
-        padding = -n % 8
+        padding = max(16 - n, -n % 8)
         if padding:
             arguments = [torch.cat((a, a[-1:].expand(padding, *a.shape[1:]))) for a in arguments]
         result = function(*arguments)

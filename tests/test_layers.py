@@ -19,7 +19,7 @@ PACKAGE = "skaipo"
 LAYERS = (
     ("_validation", "_progress", "metrics"),
     ("operators", "noise", "flows", "objective"),
-    ("_training", "priors", "solvers", "datasets"),
+    ("_training", "_reconstruct", "priors", "solvers", "datasets"),
     ("estimators",),
     ("model_selection", "plotting", "testing"),
     ("__init__", "__main__"),

@@ -1,7 +1,12 @@
 """Solvers of the MAP problem: update rules, the loop that runs them, and the continuation."""
 
-from skaipo.solvers._base import STATUS, FixedLambda, Method, Solution, minimize
-from skaipo.solvers._continuation import LinearSchedule
+from skaipo.solvers._base import STATUS, Method, Solution, minimize
+from skaipo.solvers._continuation import (
+    GeometricSchedule,
+    LinearSchedule,
+    continuation,
+    continuation_path,
+)
 from skaipo.solvers._first_order import Adam, GradientDescent
 from skaipo.solvers._lbfgs import LBFGS
 from skaipo.solvers._mle import mle_start
@@ -10,11 +15,13 @@ __all__ = [
     "LBFGS",
     "STATUS",
     "Adam",
-    "FixedLambda",
+    "GeometricSchedule",
     "GradientDescent",
     "LinearSchedule",
     "Method",
     "Solution",
+    "continuation",
+    "continuation_path",
     "minimize",
     "mle_start",
 ]

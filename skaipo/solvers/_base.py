@@ -1,13 +1,13 @@
 """The loop that all solvers share: every row has its own lambda, step, budget and status."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from sklearn.base import BaseEstimator
 
 from skaipo.objective import Evaluation
 
-__all__ = ["STATUS", "FixedLambda", "Method", "Solution", "minimize"]
+__all__ = ["STATUS", "Method", "Solution", "minimize"]
 
 # Index = code in Solution.status.
 STATUS = ("converged", "budget", "stalled", "diverged")
@@ -28,15 +28,15 @@ class Solution:
     lam : torch.Tensor of shape (n,)
     status : torch.Tensor of shape (n,)
         Indices into ``STATUS``.
-    history : list of (rows, n_evals, lam, objective) tensors
-        One entry per iteration, if asked for.
+    memory : dict of torch.Tensor
+        What the method learnt, for a later call at another lambda.
     """
 
     u: torch.Tensor
     evaluation: Evaluation
     lam: torch.Tensor
     status: torch.Tensor
-    history: list = field(default_factory=list)
+    memory: dict
 
 
 class Method(BaseEstimator):
@@ -51,7 +51,7 @@ class Method(BaseEstimator):
         raise TypeError(f"{type(self).__name__} does not implement start.")
 
     def propose(self, memory, u, evaluation, lam, progress):
-        """Return trial points (n, d). ``progress`` in [0, 1]: share of the final stage's budget."""
+        """Return trial points (n, d). ``progress`` (n,) in [0, 1]: share of the budget spent."""
         raise TypeError(f"{type(self).__name__} does not implement propose.")
 
     def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
@@ -72,29 +72,19 @@ class Method(BaseEstimator):
         return torch.zeros(len(u), dtype=torch.bool, device=u.device)
 
 
-class FixedLambda:
-    """The schedule without continuation: the target lambda from the first step."""
-
-    def begin(self, target, budget):
-        return target.clone(), {}
-
-    def advance(self, state, lam, target, relative_gradient):
-        return lam
-
-
 def minimize(
     objective,
     u,
     lam,
     method,
-    schedule=None,
     *,
     max_evals,
     tol=1e-4,
-    fallback=None,
-    history=False,
+    evaluation=None,
+    memory=None,
+    anneal=True,
+    history=None,
     max_failures=8,
-    callback=None,
 ):
     """Minimise ``data + lam * prior`` for every row, each by itself.
 
@@ -104,177 +94,133 @@ def minimize(
     u : torch.Tensor of shape (n, d)
         Start.
     lam : torch.Tensor of shape (n,)
-        Target.
     method : Method
-    schedule : object with begin and advance, default=None
-        How lambda rises to the target; default: it is there at once.
-    max_evals : int
+    max_evals : int or torch.Tensor of shape (n,)
         A row stops when ``objective.n_evals`` reaches it; what was spent before counts.
     tol : float
-        A row at its target lambda has converged when its relative gradient is at most this.
-    fallback : torch.Tensor of shape (n, d), default=None
-        Another start, for rows where the continuation fails: a row whose best objective, when
-        its lambda arrives at the target, is still above the one here goes on from here. (A
-        measurement far outside of the prior's support can lie where the flow's log-density is
-        astronomically low and its gradient useless.) Costs one evaluation per row.
-    history : bool, default=False
+        A row has converged when its relative gradient is at most this.
+    evaluation : Evaluation, default=None
+        The objective at ``u`` where it is known already, from an earlier call.
+    memory : dict, default=None
+        What the method learnt in an earlier call, at another lambda.
+    anneal : bool, default=True
+        Let a method with a learning rate lower it towards the end of the budget.
+    history : list, default=None
+        Gets ``(rows, lam, objective)`` tensors appended, one triple per iteration.
     max_failures : int, default=8
         How often a row is rolled back from non-finite numbers before it is given up.
-    callback : callable, default=None
-        Called with the number of rows still active after each iteration.
 
     Returns
     -------
     solution : Solution
-        The converged iterate where there is one, otherwise the best seen, by the objective at the
-        target lambda.
+        The converged iterate where there is one, otherwise the best that was seen.
     """
-    schedule = FixedLambda() if schedule is None else schedule
     n = len(objective)
-    evaluation = objective.evaluate(u)
-    spare = None
-    if fallback is not None:
-        spare = objective.evaluate(fallback)
-        lost = ~evaluation.finite() & spare.finite()
-        u = torch.where(lost[:, None], fallback, u)
-        evaluation = evaluation.where(lost, spare)
-    target = lam.clone()
+    start = objective.n_evals.clone()
+    budget = torch.zeros_like(start) + max_evals
+    if evaluation is None:
+        evaluation = objective.evaluate(u)
+    if memory is None:
+        memory = method.start(objective, u, evaluation, lam)
+    else:
+        method.retarget(memory, u, evaluation, lam, torch.ones_like(lam, dtype=torch.bool))
     status = torch.full((n,), _RUNNING, dtype=torch.long, device=u.device)
-    final_u, final = u.clone(), evaluation
-    rows = torch.arange(n, device=u.device)
     # A start that cannot be evaluated leaves nothing to roll back to.
     status[~evaluation.finite()] = DIVERGED
 
-    lam, state = schedule.begin(target, (max_evals - objective.n_evals).clamp_min(1))
+    rows = torch.arange(n, device=u.device)
     active = dict(
-        u=u.clone(),
+        u=u,
+        best_u=u,
         lam=lam,
-        target=target,
+        start=start,
+        budget=budget,
         failures=torch.zeros_like(rows),
         restarts=torch.zeros_like(rows),
-        final_start=objective.n_evals.clone(),
-        best_u=u.clone(),
     )
-    if fallback is not None:
-        active["spare_u"] = fallback.clone()
-        spare.prior[~spare.finite()] = torch.inf
     best = evaluation
-    memory = method.start(objective, u, evaluation, lam)
-    records = []
+    final = Solution(
+        u.clone(),
+        evaluation.rows(rows),
+        lam,
+        status,
+        {key: value.clone() for key, value in memory.items()},
+    )
 
-    def compact(keep):
-        nonlocal rows, evaluation, best, spare
-        rows, evaluation, best = rows[keep], evaluation.rows(keep), best.rows(keep)
-        spare = None if spare is None else spare.rows(keep)
-        for store in (active, memory, state):
-            for key, value in store.items():
-                store[key] = value[keep]
+    def go_back(mask):
+        """Return to the best point with smaller steps, in the rows of a mask."""
+        nonlocal evaluation
+        active["u"] = torch.where(mask[:, None], active["best_u"], active["u"])
+        evaluation = evaluation.where(mask, best)
+        method.soften(memory, mask)
+        method.retarget(memory, active["u"], evaluation, active["lam"], mask)
 
     def settle():
         """Take the finished rows out of the batch."""
+        nonlocal rows, evaluation, best
         done = status[rows] != _RUNNING
         if not done.any():
             return
         # A converged row returns its own iterate, every other row the best that it has seen.
-        chosen = best.where(status[rows] == CONVERGED, evaluation)
-        stationary = (status[rows] == CONVERGED)[:, None]
-        chosen_u = torch.where(stationary, active["u"], active["best_u"])
-        finished = rows[done]
-        for name, values in vars(final).items():
+        stationary = status[rows] == CONVERGED
+        chosen = best.where(stationary, evaluation)
+        finished, keep = rows[done], ~done
+        final.u[finished] = torch.where(stationary[:, None], active["u"], active["best_u"])[done]
+        for name, values in vars(final.evaluation).items():
             values[finished] = getattr(chosen, name)[done]
-        final_u[finished] = chosen_u[done]
-        compact(~done)
+        for key, values in memory.items():
+            final.memory[key][finished] = values[done]
+        rows, evaluation, best = rows[keep], evaluation.rows(keep), best.rows(keep)
+        for store in (active, memory):
+            for key, value in store.items():
+                store[key] = value[keep]
 
-    final = Evaluation(**{k: v.clone() for k, v in vars(evaluation).items()})
+    memory = dict(memory)
     while True:
-        # 1. Stop what is done, at the target lambda only.
-        at_target = active["lam"] == active["target"]
-        relative = evaluation.relative_gradient(active["lam"])
-        flat = at_target & (relative <= tol) & (status[rows] == _RUNNING)
+        # 1. Stop what is done.
+        flat = (evaluation.relative_gradient(active["lam"]) <= tol) & (status[rows] == _RUNNING)
         # Stationary, but a better point was seen: go back there and take smaller steps.
-        value, best_value = evaluation.value(active["target"]), best.value(active["target"])
-        slack = (
-            64
-            * torch.finfo(u.dtype).eps
-            * (best.data.abs() + (best.prior * active["target"]).abs())
+        worse = flat & (
+            evaluation.value(active["lam"])
+            > best.value(active["lam"]) + best.rounding(active["lam"])
         )
-        worse = flat & (value > best_value + slack)
         status[rows[flat & ~worse]] = CONVERGED
         hopeless = worse & (active["restarts"] >= 3)
         status[rows[hopeless]] = STALLED
         worse &= ~hopeless
         if worse.any():
             active["restarts"] += worse
-            active["u"] = torch.where(worse[:, None], active["best_u"], active["u"])
-            evaluation = evaluation.where(worse, best)
-            method.soften(memory, worse)
-            method.retarget(memory, active["u"], evaluation, active["lam"], worse)
+            go_back(worse)
         running = status[rows] == _RUNNING
-        status[rows[running & (objective.n_evals[rows] >= max_evals)]] = BUDGET
+        status[rows[running & (objective.n_evals[rows] >= active["budget"])]] = BUDGET
         running = status[rows] == _RUNNING
-        stuck = running & method.stalled(memory, active["u"])
-        status[rows[stuck & at_target]] = STALLED
+        status[rows[running & method.stalled(memory, active["u"])]] = STALLED
         settle()
         if len(rows) == 0:
-            break
+            return final
 
         # 2. One trial for every row.
-        spent = (objective.n_evals[rows] - active["final_start"]).to(u.dtype)
-        left = (max_evals - active["final_start"]).clamp_min(1).to(u.dtype)
-        at_target = active["lam"] == active["target"]
-        progress = torch.where(at_target, spent / left, 0.0).clamp(0, 1)
+        if anneal:
+            spent = (objective.n_evals[rows] - active["start"]).to(u.dtype)
+            progress = spent / (active["budget"] - active["start"]).clamp_min(1).to(u.dtype)
+        else:
+            progress = torch.zeros_like(active["lam"])
         trial = method.propose(memory, active["u"], evaluation, active["lam"], progress)
         trial_evaluation = objective.evaluate(trial, rows)
         ok = trial_evaluation.finite()
-        accept = method.update(
+        accept = ok & method.update(
             memory, active["u"], evaluation, trial, trial_evaluation, active["lam"], ok
         )
-        accept = accept & ok
         active["u"] = torch.where(accept[:, None], trial, active["u"])
         evaluation = evaluation.where(accept, trial_evaluation)
-        better = ok & (trial_evaluation.value(active["target"]) < best.value(active["target"]))
+        better = ok & (trial_evaluation.value(active["lam"]) < best.value(active["lam"]))
         best = best.where(better, trial_evaluation)
         active["best_u"] = torch.where(better[:, None], trial, active["best_u"])
-        if history:
-            records.append(
-                (
-                    rows.clone(),
-                    objective.n_evals[rows].clone(),
-                    active["lam"].clone(),
-                    evaluation.value(active["lam"]),
-                )
-            )
+        if history is not None:
+            history.append((rows, active["lam"], evaluation.value(active["lam"])))
 
         # 3. Roll non-finite rows back to the best point and retry with a smaller step.
-        bad = ~ok
-        if bad.any():
-            active["failures"] += bad
-            active["u"] = torch.where(bad[:, None], active["best_u"], active["u"])
-            evaluation = evaluation.where(bad, best)
-            method.soften(memory, bad)
-            method.retarget(memory, active["u"], evaluation, active["lam"], bad)
+        if not ok.all():
+            active["failures"] += ~ok
+            go_back(~ok)
             status[rows[active["failures"] > max_failures]] = DIVERGED
-
-        # 4. Continuation: let lambda rise where the schedule says so.
-        relative = evaluation.relative_gradient(active["lam"])
-        raised = schedule.advance(state, active["lam"], active["target"], relative)
-        changed = raised != active["lam"]
-        if changed.any():
-            active["lam"] = raised
-            active["final_start"] = torch.where(
-                changed, objective.n_evals[rows], active["final_start"]
-            )
-            if spare is not None:
-                arrived = changed & (raised == active["target"])
-                failed = arrived & (best.value(raised) > spare.value(raised))
-                if failed.any():
-                    active["u"] = torch.where(failed[:, None], active["spare_u"], active["u"])
-                    active["best_u"] = torch.where(
-                        failed[:, None], active["spare_u"], active["best_u"]
-                    )
-                    evaluation, best = evaluation.where(failed, spare), best.where(failed, spare)
-                    method.forget(memory, failed)
-            method.retarget(memory, active["u"], evaluation, raised, changed)
-        if callback is not None:
-            callback(len(rows))
-    return Solution(final_u, final, target, status, records)

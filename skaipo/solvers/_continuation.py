@@ -1,23 +1,27 @@
-"""How lambda rises from 0 to its target."""
+"""AIPO: follow the minimiser from lambda = 0 to the target."""
 
+import math
+
+import numpy as np
 import torch
+from sklearn.base import BaseEstimator
 
-__all__ = ["LinearSchedule"]
+from skaipo.solvers._base import minimize
+
+__all__ = ["GeometricSchedule", "LinearSchedule", "continuation", "continuation_path"]
 
 
-class LinearSchedule:
+class LinearSchedule(BaseEstimator):
     """Equal steps, ``lam_k = k lam / n_stages``, as in Algorithm 1 of Liu et al. (2023).
-
-    A row leaves a stage when its relative gradient is small enough or the stage's share of the
-    budget is spent, whichever comes first; rows do not wait for each other.
 
     Parameters
     ----------
     n_stages : int, default=20
     share : float in (0, 1), default=0.5
-        Share of the remaining budget for the stages before the last.
+        Share of the evaluations, without the third that the start may take, for the stages before
+        the last.
     tol : float, default=0.1
-        Relative gradient at which a stage is good enough.
+        Relative gradient at which a stage is good enough for a row to wait for the next.
     """
 
     def __init__(self, n_stages=20, share=0.5, tol=0.1):
@@ -25,23 +29,172 @@ class LinearSchedule:
         self.share = share
         self.tol = tol
 
-    def begin(self, target, budget):
-        """First lambda and per-row state, for per-row budgets in evaluations."""
-        stage = torch.ones_like(budget)
-        allowance = (self.share * budget / self.n_stages).floor().clamp_min(1).to(budget.dtype)
-        # Fewer evaluations than stages: skip some, so that the last still gets its share.
-        stride = (self.n_stages / (self.share * budget)).ceil().clamp_min(1).to(budget.dtype)
-        state = dict(stage=stage, spent=torch.zeros_like(stage), per=allowance, stride=stride)
-        return self._lam(stage, target), state
+    def stages(self, objective, target, max_evals):
+        """Lambdas before the target, and evaluations per stage.
 
-    def _lam(self, stage, target):
-        fraction = stage.clamp_max(self.n_stages).to(target.dtype) / self.n_stages
-        return target * fraction
+        Parameters
+        ----------
+        objective : MAPObjective
+        target : float
+        max_evals : int
+            What the start and the stages may spend together.
 
-    def advance(self, state, lam, target, relative_gradient):
-        """Lambda for the next iteration."""
-        state["spent"] += 1
-        move = (state["spent"] >= state["per"]) | (relative_gradient <= self.tol)
-        state["stage"] = state["stage"] + state["stride"] * move
-        state["spent"] = torch.where(move, 0, state["spent"])
-        return self._lam(state["stage"], target)
+        Returns
+        -------
+        lams : list of float
+        per_stage : int
+        """
+        # By max_evals alone, not by what rows have spent: rows must not depend on each other.
+        budget = self.share * (max_evals - max_evals // 3)
+        # Fewer evaluations than stages: take larger steps, so that the last keeps its share.
+        n_stages = max(1, min(self.n_stages, int(budget)))
+        return [target * k / n_stages for k in range(1, n_stages)], max(1, int(budget / n_stages))
+
+    def last(self, max_evals):
+        """Evaluations of the last stage: all that is left."""
+        return max_evals
+
+
+class GeometricSchedule(BaseEstimator):
+    """Fixed lambdas in equal ratios, the trunk, from which every target branches off.
+
+    The trunk does not depend on the target: it ends at the anchor, the lambda at which prior and
+    data weigh about the same, which is the curvature of the noise's negative log-likelihood times
+    the variance of the data. The solution at one target is therefore the same whether it is
+    solved for alone or as a point of a path.
+
+    Parameters
+    ----------
+    n_stages : int, default=9
+        Stages from ``anchor / span`` to ``anchor``.
+    span : float, default=1000
+    share : float in (0, 1), default=0.75
+        Share of ``max_evals`` that the start and the trunk up to the anchor may take. What is
+        left is for the last stage, at the target.
+    tol : float, default=0.02
+        Relative gradient at which a stage is good enough for a row to wait for the next.
+    """
+
+    def __init__(self, n_stages=9, span=1000.0, share=0.75, tol=0.02):
+        self.n_stages = n_stages
+        self.span = span
+        self.share = share
+        self.tol = tol
+
+    def trunk(self, objective):
+        """The trunk's lambdas, ascending to the anchor."""
+        anchor = objective.noise.max_curvature() * objective.flow.data_scale() ** 2
+        return [anchor / s for s in np.geomspace(self.span, 1.0, self.n_stages)]
+
+    def stages(self, objective, target, max_evals):
+        """Lambdas of the trunk before the target, and evaluations per stage."""
+        budget = self.share * max_evals - max_evals // 3
+        per_stage = max(1, math.floor(budget / self.n_stages))
+        return [lam for lam in self.trunk(objective) if lam < target], per_stage
+
+    def last(self, max_evals):
+        """Evaluations of the last stage."""
+        return max(2, math.ceil((1 - self.share) * max_evals))
+
+
+def _stage(objective, state, lam, method, limit, tol, history, anneal):
+    u, evaluation, memory = state
+    lams = torch.full_like(evaluation.data, lam)
+    return minimize(
+        objective,
+        u,
+        lams,
+        method,
+        max_evals=limit,
+        tol=tol,
+        evaluation=evaluation,
+        memory=None if memory is None else {k: v.clone() for k, v in memory.items()},
+        anneal=anneal,
+        history=history,
+    )
+
+
+def continuation_path(
+    objective, u, targets, method, schedule, *, max_evals, tol=1e-4, fallback=None, history=None
+):
+    """Solve at ascending targets along one trunk; yields a solution for each.
+
+    The stages before a target are shared with the targets above it; the last stage, at the target
+    itself, branches off and leaves the trunk as it was. With a schedule whose trunk does not
+    depend on the target (:class:`GeometricSchedule`) every solution is the one that
+    :func:`continuation` finds for that target alone.
+
+    Parameters
+    ----------
+    objective : MAPObjective
+    u : torch.Tensor of shape (n, d)
+        Solution at lambda 0.
+    targets : list of float
+        Ascending.
+    method : Method
+    schedule : LinearSchedule or GeometricSchedule
+    max_evals : int
+        Largest number of evaluations on the way to one target.
+    tol : float
+    fallback : torch.Tensor of shape (n, d), default=None
+        Another start, for rows where the continuation fails: a row whose objective, on arrival at
+        the target, is above the one here goes on from here. (A measurement far outside of the
+        prior's support can lie where the flow's log-density is astronomically low and its
+        gradient useless.) Costs one evaluation per row.
+    history : list, default=None
+        As in :func:`minimize`.
+
+    Yields
+    ------
+    solution : Solution
+    n_evals : torch.Tensor of shape (n,)
+        Evaluations on the way to this target alone: its branch, and the trunk below it.
+    trunk_evals : torch.Tensor of shape (n,)
+        Those without the branch.
+    """
+    evaluation, spare = objective.evaluate(u), None
+    if fallback is not None:
+        spare = objective.evaluate(fallback)
+        spare.prior[~spare.finite()] = torch.inf
+        lost = ~evaluation.finite() & spare.finite()
+        u = torch.where(lost[:, None], fallback, u)
+        evaluation = evaluation.where(lost, spare)
+    state = (u, evaluation, None)
+    climbed = 0
+    for target in targets:
+        lams, per_stage = schedule.stages(objective, target, max_evals)
+        for lam in lams[climbed:]:
+            limit = (objective.n_evals + per_stage).clamp_max(max_evals - 1)
+            solution = _stage(
+                objective, state, lam, method, limit, schedule.tol, history, anneal=False
+            )
+            state = (solution.u, solution.evaluation, solution.memory)
+        climbed = len(lams)
+
+        u, evaluation, memory = state
+        trunk_evals = objective.n_evals.clone()
+        if spare is not None:
+            lam = torch.full_like(evaluation.data, target)
+            failed = ~(evaluation.value(lam) <= spare.value(lam)) & spare.finite()
+            if failed.any():
+                u = torch.where(failed[:, None], fallback, u)
+                evaluation = evaluation.where(failed, spare)
+                if memory is not None:
+                    memory = {k: v.clone() for k, v in memory.items()}
+                    method.forget(memory, failed)
+        limit = (objective.n_evals + schedule.last(max_evals)).clamp_max(max_evals)
+        solution = _stage(
+            objective, (u, evaluation, memory), target, method, limit, tol, history, anneal=True
+        )
+        yield solution, objective.n_evals.clone(), trunk_evals
+        # The next target's way does not lead through this branch.
+        objective.n_evals.copy_(trunk_evals)
+
+
+def continuation(objective, u, target, method, schedule, **options):
+    """Solve at one target; see :func:`continuation_path` for the parameters."""
+    ((solution, n_evals, _),) = continuation_path(
+        objective, u, [target], method, schedule, **options
+    )
+    objective.n_evals.copy_(n_evals)
+    return solution
