@@ -154,6 +154,14 @@ def main(argv=None):
         parser.error(f"--images must lie in 1..360, got {images}")
     if evals < 4:
         parser.error(f"--max-evals must be at least 4, got {evals}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must lie in 0..2**32 - 1, got {args.seed}")
+    # Now, not after a minute of work.
+    folder, suffix = Path(args.output).parent, Path(args.output).suffix
+    if suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--output must end in .png, .pdf or .svg, got {args.output!r}")
+    if not folder.is_dir():
+        parser.error(f"--output: there is no folder {str(folder)!r}")
     demo(images, evals, args.seed, args.output)
     return 0
 

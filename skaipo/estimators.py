@@ -1,5 +1,6 @@
 """The estimators: MAP reconstruction by continuation in lambda, or at a fixed lambda."""
 
+import copy
 import numbers
 import warnings
 

@@ -67,6 +67,8 @@ def plot_image_rows(rows, path=None, *, vmin=None, vmax=None, title=None):
                 picture = picture[0]
             elif picture.ndim == 3:
                 picture = np.clip((picture - vmin) / (vmax - vmin), 0, 1).transpose(1, 2, 0)
+                missing = np.isnan(picture).any(-1, keepdims=True)
+                picture = np.where(missing, grey.get_bad()[:3], picture)
                 low, high = 0, 1
             axes.imshow(picture, cmap=grey, vmin=low, vmax=high, interpolation="nearest")
             axes.set_axis_off()

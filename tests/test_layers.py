@@ -17,7 +17,7 @@ PACKAGE = "skaipo"
 # From the bottom up. A unit imports from the layers below its own, and from its peers as long as
 # no cycle comes of it.
 LAYERS = (
-    ("_validation", "_progress", "metrics"),
+    ("_validation", "_progress", "_handle", "metrics"),
     ("operators", "noise", "flows", "objective"),
     ("_training", "_reconstruct", "priors", "solvers", "datasets"),
     ("estimators",),
@@ -30,7 +30,7 @@ ALLOWED_CROSSINGS = {
     "_validation": "the door itself",
     "operators": "an operator's own parameters: matrix, mask, kernel",
     "noise": "a noise model's own parameters",
-    "priors": "the handle that keeps trained weights as one flat array",
+    "_handle": "trained weights as one flat array",
     "datasets": "arrays and weights that come with the package",
 }
 

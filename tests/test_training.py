@@ -10,10 +10,11 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-from skaipo import FlowPrior, _progress, _training, priors
+from skaipo import FlowPrior, _progress, _training
 from skaipo._progress import Progress
 from skaipo._training import TrainingDivergedError, dequantized, mean_log_prob, train_flow
 from skaipo.flows import Glow, RealNVP
+from skaipo.priors import _flow
 
 ARCHITECTURES = [RealNVP, Glow]
 SMALL = dict(n_steps=2, hidden_channels=8, max_epochs=3, batch_size=32, random_state=0)
@@ -437,7 +438,7 @@ def test_validation_set(monkeypatch, n, fraction, early_stopping, n_val):
         sets.update(train=x, val=x_val)
         return train_flow(flow, x, x_val, **options)
 
-    monkeypatch.setattr(priors, "train_flow", record)
+    monkeypatch.setattr(_flow, "train_flow", record)
     X = mixture(n, 0).astype(np.float32)
     prior = FlowPrior(
         **SMALL | dict(validation_fraction=fraction, early_stopping=early_stopping)

@@ -19,15 +19,18 @@ __all__ = ["AffineProjector", "Operator", "ShortRepr", "check_same_rows", "descr
 def describe(value):
     """One line for a parameter's value: the kind, shape and dtype of an array, not its numbers.
 
-    Arrays, tensors and sparse matrices give ``<array (24, 64) float64>``, lists and tuples
-    ``<list of 3>``, anything else its ``repr``.
+    Arrays, tensors and sparse matrices give ``<array (24, 64) float64>``, modules their class and
+    size, long lists and tuples ``<list of 30>``, anything else its ``repr``.
     """
     if sp.issparse(value):
         return f"<sparse {value.shape} {value.dtype}, {value.nnz} stored>"
     if isinstance(value, np.ndarray | torch.Tensor):
         kind = "array" if isinstance(value, np.ndarray) else "tensor"
         return f"<{kind} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}>"
-    if isinstance(value, list | tuple):
+    if isinstance(value, torch.nn.Module):
+        count = sum(parameter.numel() for parameter in value.parameters())
+        return f"<{type(value).__name__}, {count} parameters>"
+    if isinstance(value, list | tuple) and len(value) > 4:
         return f"<{type(value).__name__} of {len(value)}>"
     return repr(value)
 

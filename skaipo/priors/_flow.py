@@ -1,4 +1,4 @@
-"""Priors: densities of clean data, as scikit-learn transformers and density estimators."""
+"""Normalizing flows as priors: training, saving, loading."""
 
 import contextlib
 import json
@@ -10,173 +10,38 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from sklearn.base import BaseEstimator, DensityMixin, TransformerMixin
-from sklearn.covariance import LedoitWolf
-from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
 
 from skaipo._training import TrainingDivergedError, train_flow
-from skaipo._validation import check_batch, check_lam, resolve_device, to_numpy, to_tensor
+from skaipo._validation import check_batch, resolve_device
 from skaipo.flows import Flow, build_flow
-from skaipo.noise import GaussianNoise, SquaredError, as_noise
-from skaipo.operators import as_operator
+from skaipo.priors._base import Prior
 
-__all__ = ["FlowPrior", "GaussianPrior"]
+__all__ = ["FlowPrior"]
 
 _FORMAT = 1
 # What a file says of its architecture, under the names of the constructor.
 _OPTIONS = ("n_steps", "n_levels", "hidden_channels", "bound", "dropout")
-_CHUNK = 256
+# What a trained prior would silently ignore if it were changed afterwards.
+_TRAINING = (
+    "flow",
+    "event_shape",
+    *_OPTIONS,
+    "dequantize",
+    "horizontal_flips",
+    "max_epochs",
+    "max_minutes",
+    "batch_size",
+    "learning_rate",
+    "weight_decay",
+    "ema_decay",
+    "validation_fraction",
+    "early_stopping",
+    "n_iter_no_change",
+)
 
 
-def map_rows(function, x, chunk=_CHUNK):
-    """Apply ``function`` to chunks of rows, padded to a multiple of 8 and to at least 16.
-
-    Kernels choose their order of summation by the size of the batch; for tiny batches the float32
-    result would depend on it. Padding keeps a row's result the same in every batch. (Below 16 rows
-    torch has another convolution where it runs on a single thread, as joblib's workers do.)
-    """
-    parts = []
-    with torch.no_grad():
-        for rows in x.split(chunk):
-            n = len(rows)
-            padding = max(16 - n, -n % 8)
-            if padding:
-                rows = torch.cat((rows, rows[-1:].expand(padding, -1)))
-            parts.append(function(rows)[:n])
-    return torch.cat(parts)
-
-
-class _Prior(TransformerMixin, DensityMixin, BaseEstimator):
-    """What every prior does with its fitted flow, ``self.flow_``."""
-
-    def __sklearn_is_fitted__(self):
-        return getattr(self, "_fitted_flow", None) is not None
-
-    @property
-    def flow_(self):
-        """Flow : the fitted module, frozen."""
-        flow = getattr(self, "_fitted_flow", None)
-        if flow is None:
-            raise NotFittedError(
-                f"This {type(self).__name__} is not fitted yet: call fit(X) with clean data, load "
-                f"a saved prior with FlowPrior.load(path), or wrap a trained flow module with "
-                f"FlowPrior(flow=module)."
-            )
-        return flow
-
-    @property
-    def event_shape_(self):
-        """Shape of one sample."""
-        return self.flow_.event_shape
-
-    def _check(self, X, name="X"):
-        flow = self.flow_
-        # A wrapped or loaded prior has not seen fit, where scikit-learn notes the width.
-        estimator = self if hasattr(self, "n_features_in_") else None
-        return check_batch(
-            X,
-            event_shape=flow.event_shape,
-            estimator=estimator,
-            name=name,
-            whose=f"this {type(self).__name__}",
-            device=flow.loc.device,
-            dtype=flow.loc.dtype,
-        )
-
-    def transform(self, X):
-        """Map data to the latent space.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, d) or (n_samples, *event_shape)
-
-        Returns
-        -------
-        Z : ndarray of shape (n_samples, d)
-            Standard normal if ``X`` follows the prior.
-        """
-        flow = self.flow_
-        x, layout, _ = self._check(X)
-        return layout.restore(map_rows(lambda rows: flow(rows)[0], x))
-
-    def inverse_transform(self, Z):
-        """Map latents to data.
-
-        Parameters
-        ----------
-        Z : array-like of shape (n_samples, d)
-
-        Returns
-        -------
-        X : ndarray of shape (n_samples, d)
-        """
-        flow = self.flow_
-        z, layout, _ = check_batch(
-            Z,
-            event_shape=(flow.n_features,),
-            name="Z",
-            whose=f"this {type(self).__name__}",
-            device=flow.loc.device,
-            dtype=flow.loc.dtype,
-        )
-        return layout.restore(map_rows(lambda rows: flow.inverse(rows).flatten(1), z))
-
-    def score_samples(self, X):
-        """Log-density of each sample.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, d) or (n_samples, *event_shape)
-
-        Returns
-        -------
-        log_prob : ndarray of shape (n_samples,)
-            In nats, per unit of ``X``. For a prior trained on integer levels this is the density
-            of the dequantised data: a lower bound of the log-probability of the levels is its
-            mean over noise in [-1/2, 1/2).
-        """
-        flow = self.flow_
-        x, layout, _ = self._check(X)
-        return layout.restore(map_rows(flow.log_prob, x))
-
-    def score(self, X, y=None):
-        """Mean log-density of the samples, in nats.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, d) or (n_samples, *event_shape)
-        y : Ignored
-
-        Returns
-        -------
-        score : float
-        """
-        return float(self.score_samples(X).mean())
-
-    def sample(self, n_samples=1, random_state=None, temperature=1.0):
-        """Draw samples from the prior.
-
-        Parameters
-        ----------
-        n_samples : int, default=1
-        random_state : int, RandomState or None, default=None
-        temperature : float, default=1
-            Standard deviation of the latent; below 1 gives cleaner, less varied samples.
-
-        Returns
-        -------
-        X : ndarray of shape (n_samples, d)
-        """
-        if not isinstance(n_samples, numbers.Integral) or n_samples < 1:
-            raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}.")
-        seed = check_random_state(random_state).randint(np.iinfo(np.int32).max)
-        generator = torch.Generator().manual_seed(int(seed))
-        x = self.flow_.sample(int(n_samples), temperature, generator)
-        return to_numpy(x.flatten(1))
-
-
-class FlowPrior(_Prior):
+class FlowPrior(Prior):
     """A normalizing flow as a prior: trained on clean data, or a trained one wrapped.
 
     ``transform`` maps data to the latent space and ``inverse_transform`` generates;
@@ -313,6 +178,13 @@ class FlowPrior(_Prior):
                     f"Flow with _normalize(x) -> (z, log_det) and _generate(z) -> (x, log_det)."
                 )
             return self.flow.eval().requires_grad_(False)
+        for name, value in getattr(self, "_trained_with", {}).items():
+            now = getattr(self, name)
+            if now is not value and now != value:
+                raise ValueError(
+                    f"{name} was changed from {value!r} to {now!r} after this prior was trained, "
+                    f"which changes nothing in it: call fit(X) again, or set it back."
+                )
         return super().flow_
 
     def fit(self, X, y=None):
@@ -418,6 +290,7 @@ class FlowPrior(_Prior):
 
     def _keep(self, flow, history, level):
         self._fitted_flow = flow.eval().requires_grad_(False)
+        self._trained_with = {name: getattr(self, name) for name in _TRAINING}
         self.history_ = history
         self.dequantize_level_ = level
 
@@ -450,6 +323,16 @@ class FlowPrior(_Prior):
         minutes = self.max_minutes
         if minutes is not None and not (isinstance(minutes, numbers.Real) and minutes > 0):
             raise ValueError(f"max_minutes must be None or a number above 0, got {minutes!r}.")
+
+    def freeze(self):
+        """Return a fitted prior that stays fitted under ``sklearn.clone`` and ``fit``.
+
+        Returns
+        -------
+        prior : FlowPrior
+            It wraps this prior's flow, without copying it.
+        """
+        return FlowPrior(flow=self.flow_)
 
     def save(self, path):
         """Write the prior to a ``.safetensors`` file: weights, and a JSON config as metadata.
@@ -558,228 +441,3 @@ class FlowPrior(_Prior):
         prior._keep(flow.to(resolve_device(device)), [], info.get("dequantize_level", 0.0))
         prior.n_features_in_ = flow.n_features
         return prior
-
-
-class _GaussianFlow(Flow):
-    """Linear flow of a normal distribution: ``z = C^-1 (x - mean)``, covariance ``C C^T``."""
-
-    def __init__(self, mean, covariance, event_shape):
-        super().__init__(event_shape)
-        self.double()
-        cholesky, info = torch.linalg.cholesky_ex(covariance)
-        if info:
-            raise ValueError(
-                "covariance must be symmetric positive definite; its Cholesky factorisation "
-                "failed. Add a small multiple of the identity (shrinkage)."
-            )
-        self.register_buffer("mean", mean)
-        self.register_buffer("cholesky", cholesky)
-
-    def _normalize(self, x):
-        z = torch.linalg.solve_triangular(
-            self.cholesky, (x.flatten(1) - self.mean).T, upper=False
-        ).T
-        return z, -self.cholesky.diagonal().log().sum()
-
-    def _generate(self, z):
-        x = self.mean + z @ self.cholesky.T
-        return x.reshape(-1, *self.event_shape), self.cholesky.diagonal().log().sum()
-
-
-class GaussianPrior(_Prior):
-    """A multivariate normal prior, for which reconstruction has a closed form.
-
-    A real baseline where images are few, and the reference that the solvers are tested against.
-    All arithmetic is in float64.
-
-    Parameters
-    ----------
-    mean : array-like of shape (d,), default=None
-    covariance : array-like of shape (d, d), default=None
-        If both are given the prior is fitted; otherwise ``fit`` estimates both.
-    shrinkage : "auto" or float in [0, 1], default="auto"
-        How far ``fit`` shrinks the covariance towards a multiple of the identity; "auto" is the
-        Ledoit-Wolf estimate.
-    event_shape : tuple of int, default=None
-        ``(d,)`` by default.
-
-    Attributes
-    ----------
-    mean_ : ndarray of shape (d,)
-    covariance_ : ndarray of shape (d, d)
-    n_features_in_ : int
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from skaipo import GaussianPrior
-    >>> from skaipo.noise import GaussianNoise
-    >>> from skaipo.operators import Denoising
-    >>> prior = GaussianPrior(mean=np.zeros(2), covariance=np.eye(2))
-    >>> prior.map_estimate([[2.0, 4.0]], Denoising(), noise=GaussianNoise(1.0))
-    array([[1., 2.]])
-    """
-
-    def __init__(self, mean=None, covariance=None, *, shrinkage="auto", event_shape=None):
-        self.mean = mean
-        self.covariance = covariance
-        self.shrinkage = shrinkage
-        self.event_shape = event_shape
-
-    @property
-    def _given(self):
-        if (self.mean is None) != (self.covariance is None):
-            raise ValueError("Pass both mean and covariance, or neither and call fit(X).")
-        return self.mean is not None
-
-    def __sklearn_is_fitted__(self):
-        return self._given or super().__sklearn_is_fitted__()
-
-    @property
-    def flow_(self):
-        """Flow : the linear flow of this distribution, in float64."""
-        if getattr(self, "_fitted_flow", None) is None and self._given:
-            mean = np.asarray(self.mean, dtype=np.float64)
-            covariance = np.asarray(self.covariance, dtype=np.float64)
-            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-                raise ValueError(
-                    f"mean must have shape (d,) and covariance (d, d), got {mean.shape} and "
-                    f"{covariance.shape}."
-                )
-            if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-                raise ValueError("mean and covariance must be finite.")
-            if not np.allclose(covariance, covariance.T):
-                raise ValueError("covariance must be symmetric.")
-            shape = (len(mean),) if self.event_shape is None else tuple(self.event_shape)
-            if math.prod(shape) != len(mean):
-                raise ValueError(
-                    f"mean has {len(mean)} entries, but event_shape {shape} has {math.prod(shape)}."
-                )
-            self._fitted_flow = self._build(mean, covariance, shape)
-        return super().flow_
-
-    @staticmethod
-    def _build(mean, covariance, event_shape):
-        flow = _GaussianFlow(to_tensor(mean), to_tensor(covariance), event_shape)
-        return flow.eval().requires_grad_(False)
-
-    @property
-    def mean_(self):
-        """Ndarray of shape (d,)."""
-        return to_numpy(self.flow_.mean)
-
-    @property
-    def covariance_(self):
-        """Ndarray of shape (d, d)."""
-        factor = to_numpy(self.flow_.cholesky)
-        return factor @ factor.T
-
-    def fit(self, X, y=None):
-        """Estimate mean and covariance, or, where both were given, check the width only.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, d) or (n_samples, *event_shape)
-        y : Ignored
-
-        Returns
-        -------
-        self : GaussianPrior
-        """
-        if self._given:
-            self._fitted_flow = None  # set_params may have changed them
-        event_shape = self.flow_.event_shape if self._given else self.event_shape
-        x, _, shape = check_batch(
-            X, event_shape=event_shape, estimator=self, reset=True, dtype=torch.float64
-        )
-        if self._given:
-            return self
-        if len(x) < 2:
-            raise ValueError("GaussianPrior needs at least 2 samples to fit, got n_samples=1.")
-        x = to_numpy(x)
-        if self.shrinkage == "auto":
-            covariance = LedoitWolf().fit(x).covariance_
-        elif isinstance(self.shrinkage, numbers.Real) and 0 <= self.shrinkage <= 1:
-            covariance = np.atleast_2d(np.cov(x, rowvar=False, bias=True))
-            ridge = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-            covariance = (1 - self.shrinkage) * covariance + self.shrinkage * ridge
-        else:
-            raise ValueError(f"shrinkage must be 'auto' or in [0, 1], got {self.shrinkage!r}.")
-        # Features that never vary have no density; a tiny jitter keeps the factor finite.
-        trace = np.trace(covariance)
-        covariance[np.diag_indices_from(covariance)] += 1e-9 * (trace if trace > 0 else 1e-9)
-        event_shape = tuple(event_shape) if event_shape is not None else shape
-        self._fitted_flow = self._build(x.mean(0), covariance, event_shape)
-        return self
-
-    def map_estimate(self, Y, op, noise=None, lam=1.0):
-        """Closed-form minimiser of ``nll(y, A x) - lam * log p(x)`` for a linear operator.
-
-        ``x = mu + S A^T (A S A^T + lam W^-1)^-1 (y - A mu)``, where ``W`` is twice the identity
-        for squared error and ``1 / sigma^2`` for Gaussian noise. At ``lam = 0`` it is the most
-        probable ``x`` with ``A x = y``, the start of AIPO (eq. 4 of Liu et al., 2023).
-
-        Parameters
-        ----------
-        Y : array-like of shape (n_samples, m)
-            NaN where nothing was measured.
-        op : Operator
-        noise : NoiseModel, default=None
-        lam : float, default=1
-
-        Returns
-        -------
-        X : ndarray of shape (n_samples, d)
-        """
-        return self._solve(Y, op, noise, lam)[0]
-
-    def posterior(self, Y, op, noise):
-        """Posterior mean and covariance under Gaussian noise.
-
-        Parameters
-        ----------
-        Y : array-like of shape (n_samples, m)
-        op : Operator
-        noise : GaussianNoise
-
-        Returns
-        -------
-        mean : ndarray of shape (n_samples, d)
-        covariance : ndarray of shape (n_samples, d, d)
-        """
-        return self._solve(Y, op, noise, 1.0)
-
-    def _solve(self, Y, op, noise, lam):
-        lam = check_lam(lam)
-        op = as_operator(op).bind(self.event_shape_)
-        if not op.is_linear:
-            raise TypeError(f"The closed form needs a linear operator, got {op!r}.")
-        d, m = op.n_features_in_, op.n_measurements_
-        noise = as_noise(noise).bind(m)
-        if not isinstance(noise, SquaredError | GaussianNoise):
-            raise TypeError(
-                f"The closed form needs squared error or GaussianNoise, got {type(noise).__name__}."
-            )
-        y, _, _ = check_batch(
-            Y,
-            event_shape=op.measurement_shape_,
-            name="Y",
-            whose="op",
-            allow_nan=True,
-            dtype=torch.float64,
-        )
-        y = to_numpy(y)
-        A = to_numpy(op.forward(torch.eye(d, dtype=torch.float64))).T
-        # Quadratic noise: nll of a unit residual in entry i is half of its weight.
-        eye = torch.eye(m, dtype=torch.float64)
-        variance = lam / (2 * to_numpy(noise.nll(eye, torch.zeros_like(eye))))
-        measured = ~np.isnan(y) & np.asarray(op.measured_)
-        mean, covariance = self.mean_, self.covariance_
-        means, covariances = [], []
-        for row, seen in zip(y, measured, strict=True):
-            a = A[seen]
-            gram = a @ covariance @ a.T + np.diag(variance[seen])
-            gain = np.linalg.lstsq(gram, a @ covariance, rcond=None)[0].T
-            means.append(mean + gain @ (row[seen] - a @ mean))
-            covariances.append(covariance - gain @ a @ covariance)
-        return np.stack(means), np.stack(covariances)
