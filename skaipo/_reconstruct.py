@@ -1,6 +1,6 @@
 """One chunk of rows, from measurements to results: what runs in a worker."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -65,6 +65,18 @@ class Reconstruction:
             f"mean objective {np.mean(self.objective):.6g}, "
             f"mean evaluations {np.mean(self.n_evals):.0f}>"
         )
+
+    def rows(self, index):
+        """The reconstructions of some rows."""
+        parts = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, list):
+                value = [value[i] for i in index]
+            elif isinstance(value, np.ndarray | torch.Tensor):
+                value = value[index]
+            parts[f.name] = value
+        return Reconstruction(**parts)
 
     @classmethod
     def join(cls, parts, lam):

@@ -138,7 +138,7 @@ def check_batch(
             _reject_small_floats(raw, name)
         ndim = getattr(X, "ndim", None)
         if ndim is None and not hasattr(X, "__dataframe__"):
-            ndim = np.ndim(X)
+            ndim = np.asarray(X).ndim
         images = False
         shape = None
         if ndim is not None and ndim != 2:

@@ -225,7 +225,8 @@ def _check_levels(event_shape, n_levels):
         if event_shape[0] < 2**n_levels:
             raise ValueError(
                 f"A flow of {n_levels} levels needs at least {2**n_levels} features, got "
-                f"{event_shape[0]}; lower n_levels (couplings need two groups of features)."
+                f"n_features={event_shape[0]}; lower n_levels (couplings need two groups of "
+                f"features)."
             )
     elif event_shape[1] % 2**n_levels or event_shape[2] % 2**n_levels:
         raise ValueError(

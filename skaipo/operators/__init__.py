@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 
 from skaipo.operators._base import AffineProjector, Operator
-from skaipo.operators._linear import CompressedSensing, MatrixOperator
+from skaipo.operators._linear import CompressedSensing, LeastSquaresOperator, MatrixOperator
 from skaipo.operators._pixels import Denoising, Inpainting
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "CompressedSensing",
     "Denoising",
     "Inpainting",
+    "LeastSquaresOperator",
     "MatrixOperator",
     "Operator",
     "as_operator",

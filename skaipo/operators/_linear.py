@@ -9,10 +9,11 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
+from sklearn.base import BaseEstimator
 
 from skaipo.operators._base import AffineProjector, Operator, check_same_rows
 
-__all__ = ["CompressedSensing", "MatrixOperator"]
+__all__ = ["CompressedSensing", "LeastSquaresOperator", "MatrixOperator"]
 
 # Squared pivot of the unit-diagonal Gram matrix, at which an eigen-decomposition takes over from
 # Cholesky and decides which rows are dependent.
@@ -52,10 +53,23 @@ class _LinearMap(Operator):
 
         return self._cached(("matrix", like.device, like.dtype), make)
 
-    def forward(self, x):
+    offset_ = None
+
+    def linear(self, x):
+        """The linear part ``A x`` of ``f``; the same where there is no offset."""
         self._check(x)
         tensors = self._tensors(x)
         return _SparseProduct.apply(x, tensors) if len(tensors) == 2 else x @ tensors[0].T
+
+    def _offset(self, like):
+        return self._cached(
+            ("offset", like.device, like.dtype),
+            lambda: _to_tensor(self.offset_).to(like.device, like.dtype),
+        )
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y if self.offset_ is None else y + self._offset(y)
 
     def adjoint(self, y):
         self._check_y(y)
@@ -63,7 +77,8 @@ class _LinearMap(Operator):
         return _SparseProduct.apply(y, tensors[::-1]) if len(tensors) == 2 else y @ tensors[0]
 
     def projector(self, y, observed=None):
-        return _GramProjector(self, y, self._observed(y, observed))
+        observed = self._observed(y, observed)
+        return _GramProjector(self, y if self.offset_ is None else y - self._offset(y), observed)
 
     def norm(self):
         def make():
@@ -154,7 +169,7 @@ class _GramProjector(AffineProjector):
         # The second time removes what rounding left: in float32, for a square Gaussian A, a
         # relative residual of 3e-5 becomes 3e-7, which is that of the rounded exact answer.
         for _ in range(2):
-            residual = self._mask(self._op.forward(x) - y)
+            residual = self._mask(self._op.linear(x) - y)
             if self._op._wide:
                 x = x - self._op.adjoint(self._solve(residual))
             else:
@@ -237,6 +252,9 @@ class MatrixOperator(_LinearMap):
         The matrix. Sparse stays sparse (but for the Gram matrix of the smaller side, which
         projections factorise). It is used in place where it is float64: do not change it later.
 
+    offset : array-like, shape (m,), default=None
+        Added to every measurement: ``f(x) = A x + offset``.
+
     Attributes
     ----------
     matrix_ : ndarray or scipy.sparse.csr_array, shape (m, d)
@@ -257,8 +275,9 @@ class MatrixOperator(_LinearMap):
     of the largest count as zero.
     """
 
-    def __init__(self, A):
+    def __init__(self, A, offset=None):
         self.A = A
+        self.offset = offset
 
     def _setup(self):
         a = self.A
@@ -291,6 +310,61 @@ class MatrixOperator(_LinearMap):
             bad = np.count_nonzero(~np.isfinite(values))
             raise ValueError(f"MatrixOperator(A) has {bad} entries that are NaN or infinite.")
         self.n_measurements_ = int(a.shape[0])
+        if self.offset is not None:
+            self.offset_ = np.asarray(self.offset, dtype=np.float64)
+            if self.offset_.shape != (a.shape[0],) or not np.isfinite(self.offset_).all():
+                raise ValueError(
+                    f"MatrixOperator(offset) must hold {a.shape[0]} finite numbers, one for each "
+                    f"measurement; got shape {self.offset_.shape}."
+                )
+
+
+class LeastSquaresOperator(BaseEstimator):
+    """An affine operator that is learnt from pairs: for when nobody wrote down the physics.
+
+    ``fit(Y, X_clean)`` of an estimator learns ``y = A x + offset`` by ridge regression and
+    reconstructs with the ``MatrixOperator`` that comes of it.
+
+    Parameters
+    ----------
+    ridge : float, default=1e-8
+        Weight of ``||A||^2`` relative to the mean variance of a pixel times the number of pairs.
+    """
+
+    def __init__(self, ridge=1e-8):
+        self.ridge = ridge
+
+    def learn(self, X, Y):
+        """Estimate the operator.
+
+        Parameters
+        ----------
+        X : ndarray, shape (n, d)
+            Clean images.
+        Y : ndarray, shape (n, m)
+            Their measurements; pairs whose value is NaN are left out of that value's regression.
+
+        Returns
+        -------
+        MatrixOperator
+        """
+        if not (isinstance(self.ridge, numbers.Real) and self.ridge >= 0):
+            raise ValueError(f"ridge must be a number >= 0, got {self.ridge!r}.")
+        matrix, offset = np.zeros((Y.shape[1], X.shape[1])), np.zeros(Y.shape[1])
+        seen = ~np.isnan(Y)
+        patterns, which = np.unique(seen, axis=1, return_inverse=True)
+        for index, pattern in enumerate(patterns.T):
+            columns = np.flatnonzero(which.ravel() == index)
+            if not pattern.any():
+                raise ValueError(f"Y has {len(columns)} columns without a single value.")
+            x, y = X[pattern], Y[np.ix_(pattern, columns)]
+            x_mean, y_mean = x.mean(0), y.mean(0)
+            x, y = x - x_mean, y - y_mean
+            gram = x.T @ x
+            gram[np.diag_indices_from(gram)] += self.ridge * np.trace(gram) / len(gram)
+            matrix[columns] = np.linalg.lstsq(gram, x.T @ y, rcond=None)[0].T
+            offset[columns] = y_mean - matrix[columns] @ x_mean
+        return MatrixOperator(matrix, offset)
 
 
 def _inverse_root(gram, keep=None):

@@ -234,7 +234,9 @@ class GaussianPrior(Prior):
             dtype=torch.float64,
         )
         y = to_numpy(y)
-        A = to_numpy(op.forward(torch.eye(d, dtype=torch.float64))).T
+        offset = op.forward(torch.zeros(1, d, dtype=torch.float64))
+        A = to_numpy(op.forward(torch.eye(d, dtype=torch.float64)) - offset).T
+        y = y - to_numpy(offset)
         # Quadratic noise: nll of a unit residual in entry i is half of its weight.
         eye = torch.eye(m, dtype=torch.float64)
         variance = lam / (2 * to_numpy(noise.nll(eye, torch.zeros_like(eye))))

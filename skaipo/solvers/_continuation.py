@@ -68,14 +68,14 @@ class GeometricSchedule(BaseEstimator):
     n_stages : int, default=9
         Stages from ``anchor / span`` to ``anchor``.
     span : float, default=1000
-    share : float in (0, 1), default=0.75
+    share : float in (0, 1), default=0.975
         Share of ``max_evals`` that the start and the trunk up to the anchor may take. What is
         left is for the last stage, at the target.
     tol : float, default=0.02
         Relative gradient at which a stage is good enough for a row to wait for the next.
     """
 
-    def __init__(self, n_stages=9, span=1000.0, share=0.75, tol=0.02):
+    def __init__(self, n_stages=9, span=1000.0, share=0.975, tol=0.02):
         self.n_stages = n_stages
         self.span = span
         self.share = share

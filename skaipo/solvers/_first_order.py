@@ -32,18 +32,20 @@ class Adam(Method):
         return dict(
             mean=torch.zeros_like(u),
             square=torch.zeros_like(u),
-            steps=torch.zeros_like(lam),
+            # betas to the power of the number of steps; products, because the vectorised power
+            # rounds differently from row to row.
+            powers=lam.new_ones(len(lam), 2),
             rate=torch.full_like(lam, self.learning_rate * objective.scale()),
         )
 
     def direction(self, memory, gradient):
         """Update the moments by a gradient; return the bias-corrected step of unit rate."""
         first, second = self.betas
-        memory["steps"] += 1
+        memory["powers"] *= gradient.new_tensor(self.betas)
         memory["mean"].lerp_(gradient, 1 - first)
         memory["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        mean = memory["mean"] / (1 - first ** memory["steps"])[:, None]
-        square = memory["square"] / (1 - second ** memory["steps"])[:, None]
+        mean = memory["mean"] / (1 - memory["powers"][:, :1])
+        square = memory["square"] / (1 - memory["powers"][:, 1:])
         return -mean / (square.sqrt() + torch.finfo(gradient.dtype).tiny ** 0.5)
 
     def propose(self, memory, u, evaluation, lam, progress):
@@ -55,8 +57,8 @@ class Adam(Method):
         return ok
 
     def forget(self, memory, rows):
-        for key in ("mean", "square", "steps"):
-            memory[key][rows] = 0.0
+        memory["mean"][rows] = memory["square"][rows] = 0.0
+        memory["powers"][rows] = 1.0
 
     def soften(self, memory, rows):
         self.forget(memory, rows)

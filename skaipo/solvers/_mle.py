@@ -19,8 +19,11 @@ class _Feasible:
 
     def __init__(self, objective):
         self._inner = objective.in_space("image", "density")
-        self._project = objective.op.projector(objective.y, objective.observed)
-        self._u = objective.y.new_zeros(len(objective), objective.n_features)
+        # Padded like the flow's batches: a row's projection is the same bits in every batch.
+        n = len(objective)
+        rows = torch.arange(n + max(16 - n, -n % 8)).clamp_max(n - 1).to(objective.y.device)
+        self._project = objective.op.projector(objective.y[rows], objective.observed[rows])
+        self._u = objective.y.new_zeros(len(rows), objective.n_features)
         self.n_evals = objective.n_evals
 
     def __len__(self):

@@ -1,0 +1,334 @@
+"""What the estimators share: making ready, chunks of rows, results and warnings."""
+
+import copy
+import numbers
+import warnings
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, clone
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.utils import check_array, check_consistent_length
+from sklearn.utils.parallel import Parallel, delayed
+from sklearn.utils.validation import check_is_fitted
+
+from skaipo._progress import Progress
+from skaipo._reconstruct import Problem, Reconstruction, solve_chunk
+from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
+from skaipo.noise import as_noise
+from skaipo.objective import PENALTIES, SPACES, check_choice
+from skaipo.operators import as_operator
+from skaipo.operators._base import ShortRepr
+from skaipo.priors import FlowPrior
+from skaipo.solvers import LBFGS, Adam, GradientDescent, Method
+
+__all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior"]
+
+_METHODS = {"adam": Adam, "lbfgs": LBFGS, "gd": GradientDescent}
+
+
+def is_prior(obj):
+    """Whether an object has a prior's interface."""
+    return hasattr(obj, "score_samples") and hasattr(type(obj), "flow_")
+
+
+def is_fitted(prior):
+    """Whether a prior is ready to be used."""
+    try:
+        check_is_fitted(prior)
+    except NotFittedError:
+        return False
+    return True
+
+
+def is_learnt(op):
+    """Whether an operator is to be learnt from pairs of measurements and clean images."""
+    return hasattr(op, "learn")
+
+
+def _masked(y, mask):
+    if not isinstance(mask, torch.Tensor):
+        mask = np.asarray(mask)
+        if mask.dtype != bool:
+            raise ValueError(f"mask must be boolean (True: measured), got dtype {mask.dtype}.")
+        mask = to_tensor(mask)
+    if mask.dtype != torch.bool or mask.numel() != y.numel() or len(mask) != len(y):
+        raise ValueError(
+            f"mask must be boolean and of the shape of Y, {len(y)} rows of {y.shape[1]} values; "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}."
+        )
+    y = torch.where(mask.reshape(y.shape).to(y.device), y, torch.nan)
+    empty = int(y.isnan().all(1).sum())
+    if empty:
+        raise ValueError(f"mask leaves {empty} row(s) without a single measured value.")
+    return y
+
+
+class Reconstructor(ShortRepr, BaseEstimator):
+    """What all estimators share: priors, validation, chunks, results."""
+
+    def _is_ready(self):
+        """Whether there is nothing left to learn."""
+        return self.prior is not None and is_fitted(self.prior) and not is_learnt(self.op)
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = not self._is_ready()
+        tags.input_tags.allow_nan = True
+        tags.non_deterministic = self.random_state is None and getattr(self, "init", "") == "random"
+        return tags
+
+    def __sklearn_clone__(self):
+        # clone() would give back an unfitted prior; a fitted one rides along, weights shared.
+        params = {
+            name: copy.copy(value)
+            if name == "prior" and is_prior(value) and is_fitted(value)
+            else clone(value, safe=False)
+            for name, value in self.get_params(deep=False).items()
+        }
+        return type(self)(**params)
+
+    def __sklearn_is_fitted__(self):
+        return hasattr(self, "prior_") or self._is_ready()
+
+    def fit(self, X=None, y=None, *, prior=None):
+        """Make the prior ready: take it, or train it on clean data.
+
+        Parameters
+        ----------
+        X : prior, or array-like of shape (n_samples, m), default=None
+            ``fit(prior)`` takes a fitted prior, like ``set_params(prior=prior)``. Otherwise the
+            measurements, whose width is noted.
+        y : array-like of shape (n_samples, d), default=None
+            Clean data, on which an unfitted ``prior`` is trained.
+        prior : prior, default=None
+            The same as the first argument, by name.
+
+        Returns
+        -------
+        self : estimator
+
+        Raises
+        ------
+        NotFittedError
+            If there is no prior.
+        ValueError
+            If the prior or the operator is not fitted and there is no clean data to fit it on.
+        """
+        if is_prior(X) or isinstance(X, torch.nn.Module):
+            if prior is not None:
+                raise TypeError("Got two priors: pass it once, as fit(prior).")
+            X, prior = None, X
+        if isinstance(prior, torch.nn.Module):
+            prior = FlowPrior(flow=prior)
+        if prior is not None:
+            if not is_prior(prior):
+                raise TypeError(f"prior must be a FlowPrior or GaussianPrior, got {prior!r}.")
+            self.prior = prior
+        self._check_params()
+        if self.prior is None:
+            raise self._no_prior()
+        clean = self._clean_data(X, y)
+        if is_fitted(self.prior):
+            self.prior_ = self.prior
+        elif clean is None:
+            raise self._nothing_to_learn_from(f"The prior {type(self.prior).__name__}")
+        else:
+            self.prior_ = clone(self.prior).fit(clean)
+        if is_learnt(self.op):
+            if clean is None:
+                raise self._nothing_to_learn_from(f"The operator {type(self.op).__name__}")
+            measured, _, _ = check_batch(
+                X, estimator=self, reset=True, name="X", allow_nan=True, dtype=torch.float64
+            )
+            flat, _, _ = check_batch(clean, name="y", dtype=torch.float64)
+            self.op_ = self.op.learn(to_numpy(flat), to_numpy(measured))
+        op, _ = self._bind(self.prior_)
+        if X is not None:
+            self._measurements(X, op, reset=True)
+        return self
+
+    def _clean_data(self, X, y):
+        """What an unfitted prior or operator may learn from, or None."""
+        return None if y is None else self._check_clean(X, y)
+
+    def _check_clean(self, X, y):
+        self._one_output = False
+        if X is not None:
+            check_consistent_length(X, y)
+        if not isinstance(y, torch.Tensor):
+            y = check_array(
+                y, ensure_2d=False, allow_nd=True, dtype=None, input_name="y", estimator=self
+            )
+        if y.ndim == 1:
+            self._one_output = True
+            y = y.reshape(-1, 1)
+        return y
+
+    def _nothing_to_learn_from(self, what):
+        name = type(self).__name__
+        return ValueError(
+            f"{what} is not fitted, so that {name} requires y to be passed, but the target y is "
+            f"None. Pass clean data, {name}.fit(Y, X_clean), or a fitted one."
+        )
+
+    def _no_prior(self):
+        name = type(self).__name__
+        return NotFittedError(
+            f"This {name} has no prior. Pass a fitted one, {name}(op, lam, prior=prior) or "
+            f"fit(prior); or an unfitted one and clean data, "
+            f"{name}(op, lam, prior=FlowPrior()).fit(Y, X_clean)."
+        )
+
+    def _ready_prior(self):
+        if self.prior is not None and is_fitted(self.prior):
+            return self.prior
+        if hasattr(self, "prior_"):
+            return self.prior_
+        if self.prior is None:
+            raise self._no_prior()
+        raise NotFittedError(
+            f"The prior of this {type(self).__name__} is not fitted yet: call fit(Y, X_clean), or "
+            f"fit the prior before."
+        )
+
+    def _bind(self, prior):
+        if self.op is None:
+            raise ValueError(
+                f"{type(self).__name__} needs a forward operator: pass op, for example "
+                f"{type(self).__name__}(Denoising())."
+            )
+        op = self.op
+        if is_learnt(op):
+            if not hasattr(self, "op_"):
+                raise NotFittedError(
+                    f"The operator of this {type(self).__name__} is not fitted yet: call "
+                    f"fit(Y, X_clean)."
+                )
+            op = self.op_
+        op = as_operator(op).bind(prior.event_shape_)
+        return op, as_noise(self.noise).bind(op.n_measurements_)
+
+    def _measurements(self, Y, op, reset=False, flow=None, mask=None):
+        estimator = self if reset or hasattr(self, "n_features_in_") else None
+        dtype = None if flow is None else flow.loc.dtype
+        device = None if flow is None else flow.loc.device
+        y, layout, shape = check_batch(
+            Y,
+            event_shape=op.measurement_shape_,
+            estimator=estimator,
+            reset=reset,
+            name="Y",
+            whose=(
+                f"{type(op).__name__} (with a prior of {op.n_features_in_} features, shape "
+                f"{op.event_shape_})"
+            ),
+            allow_nan=True,
+            device=device,
+            dtype=dtype,
+        )
+        return y if mask is None else _masked(y, mask), layout, shape
+
+    def _target(self):
+        return check_lam(self.lam)
+
+    def _check_params(self):
+        if hasattr(self, "lam"):
+            check_lam(self.lam)
+        for name, low in (("max_evals", 4), ("batch_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < low:
+                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}.")
+        if not (isinstance(self.tol, numbers.Real) and self.tol >= 0):
+            raise ValueError(f"tol must be a number >= 0, got {self.tol!r}.")
+
+    def _method(self):
+        if isinstance(self.solver, Method):
+            return self.solver
+        return _METHODS[check_choice("solver", self.solver, tuple(_METHODS))]()
+
+    def _solve(self, Y, lams, mask=None, history=False):
+        """Reconstructions at ascending lambdas, and the evaluations that all of them took."""
+        self._check_params()
+        prior = self._ready_prior()
+        flow = prior.flow_
+        op, noise = self._bind(prior)
+        y, layout, _ = self._measurements(Y, op, flow=flow, mask=mask)
+        starts = self._starts(y, flow)
+        problem = Problem(
+            prior=prior,
+            op=op,
+            noise=noise,
+            method=self._method(),
+            schedule=self._schedule(),
+            space=check_choice("space", self.space, SPACES),
+            penalty=check_choice("penalty", self.penalty, PENALTIES),
+            lams=lams,
+            max_evals=self.max_evals,
+            tol=self.tol,
+            history=history,
+        )
+        # The edges of the chunks follow batch_size alone: results do not depend on n_jobs.
+        chunks = list(torch.arange(len(y)).split(self.batch_size))
+        parts = []
+        with Progress(type(self).__name__, len(y), enabled=self.verbose > 0) as bar:
+            results = Parallel(n_jobs=self.n_jobs, return_as="generator")(
+                delayed(solve_chunk)(
+                    problem, y[rows], starts if isinstance(starts, str) else starts[rows]
+                )
+                for rows in chunks
+            )
+            done = total = 0
+            for rows, (part, n_evals) in zip(chunks, results, strict=True):
+                parts.append(part)
+                done += len(rows)
+                total += n_evals
+                bar.update(done)
+        by_lam = zip(*parts, strict=True)
+        joined = [Reconstruction.join(p, lam) for lam, p in zip(lams, by_lam, strict=True)]
+        for result in joined:
+            result.x = layout.restore(to_tensor(result.x), op.event_shape_)
+        return joined, total
+
+    def reconstruct(self, Y, *, mask=None, history=False):
+        """Reconstruct a batch and tell how each row went.
+
+        Parameters
+        ----------
+        Y : array-like or torch.Tensor of shape (n_samples, m) or (n_samples, *event_shape)
+            Measurements; NaN where nothing was measured.
+        mask : array-like of bool of the shape of Y, default=None
+            False where a value of ``Y`` is to be ignored, as if it were NaN.
+        history : bool, default=False
+            Record lambda and objective after each evaluation.
+
+        Returns
+        -------
+        reconstruction : Reconstruction
+        """
+        (result,), _ = self._solve(Y, (self._target(),), mask, history)
+        diverged = int((result.status == "diverged").sum())
+        if diverged:
+            warnings.warn(
+                f"{diverged} of {len(result.status)} rows diverged: their numbers overflowed and "
+                f"smaller steps did not help; what is returned for them is the best that was seen. "
+                f"Check the units of these measurements; see reconstruct(Y).status.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return result
+
+    def _predict(self, Y, mask):
+        """The reconstructions alone, with a warning that counts what did not converge."""
+        result = self.reconstruct(Y, mask=mask)
+        counts = result.counts()
+        open_rows = counts["budget"] + counts["stalled"]
+        if open_rows:
+            warnings.warn(
+                f"{open_rows} of {len(result.status)} rows stopped before they converged "
+                f"({counts['budget']} at max_evals={self.max_evals}, {counts['stalled']} stalled). "
+                f"Raise max_evals or tol; see reconstruct(Y).status.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return result.x

@@ -1,0 +1,372 @@
+"""The estimators: MAP reconstruction by continuation in lambda, or at a fixed lambda."""
+
+import numpy as np
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, RegressorMixin, TransformerMixin
+from sklearn.utils import check_random_state
+
+from skaipo._validation import to_tensor
+from skaipo.estimators._base import Reconstructor, is_fitted, is_learnt
+from skaipo.objective import check_choice
+from skaipo.operators import as_operator
+from skaipo.solvers import GeometricSchedule, LinearSchedule
+
+__all__ = ["AIPORegressor", "AIPOTransformer", "Continuation", "FixedLambdaMAP", "Regressor"]
+
+_SCHEDULES = {"linear": LinearSchedule, "geometric": GeometricSchedule}
+_INITS = ("mle", "zero", "random")
+
+
+class Regressor(RegressorMixin, Reconstructor):
+    """The estimators that predict clean images from measurements."""
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = not self._is_ready()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def predict(self, Y, mask=None):
+        """Reconstruct a batch of measurements.
+
+        Parameters
+        ----------
+        Y : array-like or torch.Tensor of shape (n_samples, m) or (n_samples, *event_shape)
+            Measurements; NaN where nothing was measured.
+        mask : array-like of bool of the shape of Y, default=None
+            False where a value of ``Y`` is to be ignored, as if it were NaN.
+
+        Returns
+        -------
+        X : ndarray or torch.Tensor of shape (n_samples, d) or (n_samples, *event_shape)
+            In the layout and dtype of ``Y``. Rows that did not converge are counted in a
+            ``ConvergenceWarning``; :meth:`reconstruct` tells which they are.
+        """
+        X = self._predict(Y, mask)
+        return X.reshape(len(X)) if getattr(self, "_one_output", False) else X
+
+    def score(self, X, y, sample_weight=None):
+        """Coefficient of determination, pooled over pixels.
+
+        ``1 - sum (x - x_hat)^2 / sum (x - mean)^2`` with one mean per pixel and one quotient over
+        all of them. (The usual average of one R2 per pixel breaks on constant pixels.)
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, m)
+            Measurements.
+        y : array-like of shape (n_samples, d)
+            Clean images.
+        sample_weight : array-like of shape (n_samples,), default=None
+
+        Returns
+        -------
+        score : float
+        """
+        predicted = np.asarray(self.predict(X), dtype=np.float64)
+        true = np.asarray(y, dtype=np.float64).reshape(len(predicted), -1)
+        predicted = predicted.reshape(len(predicted), -1)
+        if true.shape != predicted.shape:
+            raise ValueError(
+                f"y must hold clean images of {predicted.shape[1]} features, got {true.shape[1]}."
+            )
+        weight = np.ones(len(true)) if sample_weight is None else np.asarray(sample_weight)
+        mean = np.average(true, axis=0, weights=weight)
+        residual = (weight[:, None] * (true - predicted) ** 2).sum()
+        total = (weight[:, None] * (true - mean) ** 2).sum()
+        return float(1 - residual / total) if total > 0 else float(residual == 0)
+
+
+class Continuation:
+    """Start and schedule of AIPO."""
+
+    def _starts(self, y, flow):
+        return "mle"
+
+    def _schedule(self):
+        if not isinstance(self.schedule, str):
+            return self.schedule
+        return _SCHEDULES[check_choice("schedule", self.schedule, tuple(_SCHEDULES))]()
+
+
+class AIPORegressor(Continuation, Regressor):
+    """MAP reconstruction by AIPO: lambda rises from 0 to its target, each solve warm-started.
+
+    Minimises ``nll(y, f(x)) - lam * log p_G(x)`` for every row of ``Y``. The first solve, at
+    ``lam = 0``, is the most probable image that explains the measurements exactly; it is then
+    followed along a sequence of lambdas up to the target.
+
+    Parameters
+    ----------
+    op : Operator or array-like of shape (m, d)
+        Forward operator ``f``; a matrix stands for itself.
+    lam : float, default=1.0
+        Weight of the prior, >= 0. With ``noise=GaussianNoise(sigma)`` 1 is the Bayes MAP.
+    prior : FlowPrior or GaussianPrior, default=None
+        Fitted, or unfitted and trained by ``fit(Y, X_clean)``.
+    noise : NoiseModel, default=None
+        None: ``||y - f(x)||^2``. ``GaussianNoise(sigma)``: the same over ``2 sigma^2``.
+    solver : {"adam", "lbfgs", "gd"} or Method, default="adam"
+        Update rule.
+    space : {"image", "latent"}, default="image"
+        Variable of the optimisation.
+    penalty : {"density", "latent"}, default="density"
+        ``-log p_G(x)``, or ``||z||^2 / 2``.
+    schedule : {"linear", "geometric"} or schedule object, default="linear"
+        How lambda rises: in equal steps (:class:`~skaipo.solvers.LinearSchedule`), or along fixed
+        lambdas in equal ratios (:class:`~skaipo.solvers.GeometricSchedule`).
+    max_evals : int, default=300
+        Flow evaluations per row, everything counted; at most a third goes to the start.
+    tol : float, default=1e-4
+        A row has converged when its gradient is this small against its two terms' gradients.
+    batch_size : int, default=64
+        Rows that are solved together. Memory grows with it; results do not depend on it.
+    n_jobs : int, default=None
+        Chunks of rows in parallel, by joblib.
+    random_state : int, RandomState or None, default=None
+        Not used by this estimator's default start; kept for a uniform interface.
+    verbose : int, default=0
+        1 shows a progress bar.
+
+    Attributes
+    ----------
+    prior_ : FlowPrior or GaussianPrior
+        The fitted prior.
+    n_features_in_ : int
+        Number of measurements, if ``fit`` saw some.
+
+    References
+    ----------
+    Liu, T., Yang, T., Zhang, Q. and Lei, Q., "Optimization for Amortized Inverse Problems",
+    ICML 2023.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skaipo import AIPORegressor, GaussianPrior
+    >>> from skaipo.noise import GaussianNoise
+    >>> from skaipo.operators import Denoising
+    >>> prior = GaussianPrior(mean=np.zeros(2), covariance=np.eye(2))
+    >>> model = AIPORegressor(Denoising(), prior=prior, noise=GaussianNoise(1.0), tol=1e-6)
+    >>> model.predict(np.array([[2.0, 4.0]])).round(3)
+    array([[1., 2.]])
+    """
+
+    def __init__(
+        self,
+        op=None,
+        lam=1.0,
+        *,
+        prior=None,
+        noise=None,
+        solver="adam",
+        space="image",
+        penalty="density",
+        schedule="linear",
+        max_evals=300,
+        tol=1e-4,
+        batch_size=64,
+        n_jobs=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.op = op
+        self.lam = lam
+        self.prior = prior
+        self.noise = noise
+        self.solver = solver
+        self.space = space
+        self.penalty = penalty
+        self.schedule = schedule
+        self.max_evals = max_evals
+        self.tol = tol
+        self.batch_size = batch_size
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+
+class AIPOTransformer(
+    Continuation, ClassNamePrefixFeaturesOutMixin, TransformerMixin, Reconstructor
+):
+    """AIPO as a step of a pipeline: corrupted measurements in, reconstructions out.
+
+    ``fit`` ignores its second argument, which in a pipeline holds labels. An unfitted prior is
+    trained on the rows that ``fit`` gets, which must then be clean images (for operators whose
+    measurements are images, such as inpainting: train on clean images, transform corrupted ones).
+    :class:`AIPORegressor` has the same parameters, and predicts.
+
+    Parameters
+    ----------
+    op, lam, prior, noise, solver, space, penalty, schedule, max_evals, tol, batch_size, n_jobs
+        As in :class:`AIPORegressor`.
+    random_state, verbose
+        As in :class:`AIPORegressor`.
+
+    Attributes
+    ----------
+    prior_ : FlowPrior or GaussianPrior
+        The fitted prior.
+    n_features_in_ : int
+        Number of measurements, if ``fit`` saw some.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skaipo import AIPOTransformer, GaussianPrior
+    >>> from skaipo.operators import Inpainting
+    >>> prior = GaussianPrior(mean=np.zeros(2), covariance=np.array([[1.0, 0.9], [0.9, 1.0]]))
+    >>> fill_in = AIPOTransformer(Inpainting(), 1e-6, prior=prior)
+    >>> fill_in.fit_transform(np.array([[1.0, np.nan]])).round(2)
+    array([[1. , 0.9]])
+    """
+
+    def __init__(
+        self,
+        op=None,
+        lam=1.0,
+        *,
+        prior=None,
+        noise=None,
+        solver="adam",
+        space="image",
+        penalty="density",
+        schedule="linear",
+        max_evals=300,
+        tol=1e-4,
+        batch_size=64,
+        n_jobs=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.op = op
+        self.lam = lam
+        self.prior = prior
+        self.noise = noise
+        self.solver = solver
+        self.space = space
+        self.penalty = penalty
+        self.schedule = schedule
+        self.max_evals = max_evals
+        self.tol = tol
+        self.batch_size = batch_size
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        # An unfitted prior is trained on what fit gets, which has to be whole then.
+        tags.input_tags.allow_nan = self._is_ready()
+        return tags
+
+    def _clean_data(self, X, y):
+        # y holds labels here. What an unfitted prior learns from is X itself.
+        if X is None or (self.prior is not None and is_fitted(self.prior)):
+            return None
+        if is_learnt(self.op) or not as_operator(self.op)._keeps_shape:
+            raise ValueError(
+                f"{type(self).__name__} can train its prior only on images, and what "
+                f"{type(self.op).__name__} measures are none: pass a fitted prior."
+            )
+        return X
+
+    @property
+    def _n_features_out(self):
+        return self._ready_prior().flow_.n_features
+
+    def transform(self, Y, mask=None):
+        """Reconstruct a batch of measurements.
+
+        Parameters
+        ----------
+        Y : array-like or torch.Tensor of shape (n_samples, m)
+            Measurements; NaN where nothing was measured.
+        mask : array-like of bool of the shape of Y, default=None
+            False where a value of ``Y`` is to be ignored, as if it were NaN.
+
+        Returns
+        -------
+        X : ndarray or torch.Tensor of shape (n_samples, d)
+            Rows that did not converge are counted in a ``ConvergenceWarning``.
+        """
+        return self._predict(Y, mask)
+
+
+class FixedLambdaMAP(Regressor):
+    """MAP reconstruction at the target lambda from the first step: the usual baseline.
+
+    Parameters
+    ----------
+    op : Operator or array-like of shape (m, d)
+        Forward operator ``f``; a matrix stands for itself.
+    lam : float, default=1.0
+        Weight of the prior, >= 0. With ``noise=GaussianNoise(sigma)`` 1 is the Bayes MAP.
+    init : {"mle", "zero", "random"}, default="mle"
+        Start: the most probable image that explains the measurements, ``G(0)``, or ``G(z)`` with
+        standard normal ``z``.
+    prior, noise, solver, space, penalty, max_evals, tol, batch_size, n_jobs, verbose
+        As in :class:`AIPORegressor`.
+    random_state : int, RandomState or None, default=None
+        Of ``init="random"``.
+
+    Attributes
+    ----------
+    prior_ : FlowPrior or GaussianPrior
+        The fitted prior.
+    n_features_in_ : int
+        Number of measurements, if ``fit`` saw some.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skaipo import FixedLambdaMAP, GaussianPrior
+    >>> from skaipo.noise import GaussianNoise
+    >>> from skaipo.operators import Denoising
+    >>> prior = GaussianPrior(mean=np.zeros(2), covariance=np.eye(2))
+    >>> model = FixedLambdaMAP(Denoising(), prior=prior, noise=GaussianNoise(1.0), tol=1e-6)
+    >>> model.predict(np.array([[2.0, 4.0]])).round(3)
+    array([[1., 2.]])
+    """
+
+    def __init__(
+        self,
+        op=None,
+        lam=1.0,
+        *,
+        init="mle",
+        prior=None,
+        noise=None,
+        solver="adam",
+        space="image",
+        penalty="density",
+        max_evals=300,
+        tol=1e-4,
+        batch_size=64,
+        n_jobs=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.op = op
+        self.lam = lam
+        self.init = init
+        self.prior = prior
+        self.noise = noise
+        self.solver = solver
+        self.space = space
+        self.penalty = penalty
+        self.max_evals = max_evals
+        self.tol = tol
+        self.batch_size = batch_size
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def _starts(self, y, flow):
+        if check_choice("init", self.init, _INITS) != "random":
+            return self.init
+        # Drawn for all rows at once: a row's start does not depend on the chunk it falls in.
+        z = check_random_state(self.random_state).standard_normal((len(y), flow.n_features))
+        return to_tensor(z, device=y.device, dtype=y.dtype)
+
+    def _schedule(self):
+        return None

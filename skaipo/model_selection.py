@@ -1,0 +1,320 @@
+"""The choice of lambda: the path of reconstructions, and cross-validation along it."""
+
+import numbers
+
+import numpy as np
+import torch
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import check_scoring
+from sklearn.model_selection import check_cv
+from sklearn.utils import _safe_indexing
+
+from skaipo._validation import check_lam
+from skaipo.estimators import AIPORegressor
+from skaipo.estimators._base import is_fitted, is_learnt
+from skaipo.estimators._estimators import Continuation, Regressor
+from skaipo.metrics import (
+    discrepancy_scorer,
+    reconstruction_error,
+    reconstruction_error_scorer,
+)
+from skaipo.solvers import GeometricSchedule
+
+__all__ = ["AIPORegressorCV", "aipo_path"]
+
+
+def _grid(lams, eps, estimator):
+    """Ascending lambdas, from a number of them or as given."""
+    if isinstance(lams, numbers.Integral) and not isinstance(lams, bool):
+        if lams < 1 or not 0 < eps < 1:
+            raise ValueError(
+                f"lams must be at least 1 and eps lie in (0, 1), got lams={lams!r}, eps={eps!r}."
+            )
+        prior = estimator._ready_prior()
+        _, noise = estimator._bind(prior)
+        top = noise.max_curvature() * prior.flow_.data_scale() ** 2
+        return np.geomspace(eps * top, top, int(lams)) if lams > 1 else np.array([top])
+    grid = np.array([check_lam(lam) for lam in np.asarray(lams).ravel().tolist()])
+    if len(grid) == 0:
+        raise ValueError("lams must hold at least one lambda, got none.")
+    return np.unique(grid)
+
+
+def _check_schedule(schedule):
+    if schedule == "linear" or not hasattr(
+        GeometricSchedule() if isinstance(schedule, str) else schedule, "trunk"
+    ):
+        raise ValueError(
+            f"A path needs a schedule whose stages do not depend on the target, such as "
+            f"'geometric', got {schedule!r}."
+        )
+
+
+def aipo_path(Y, op, prior, *, lams=20, eps=1e-3, return_details=False, **params):
+    """Reconstructions along a grid of lambdas, by one continuation.
+
+    The stages on the way up, the trunk, are shared; each lambda of the grid branches off. Every
+    point of the path equals ``AIPORegressor(op, lam, schedule="geometric", **params)`` at that
+    lambda, whatever the other values of the grid.
+
+    Parameters
+    ----------
+    Y : array-like or torch.Tensor of shape (n_samples, m)
+        Measurements; NaN where nothing was measured.
+    op : Operator or array-like of shape (m, d)
+    prior : FlowPrior or GaussianPrior
+        Fitted.
+    lams : int or array-like, default=20
+        The grid, or its size. A size gives equal ratios up to the lambda at which prior and data
+        weigh about the same, the curvature of the noise's negative log-likelihood times the
+        variance of the data.
+    eps : float, default=1e-3
+        Length of that grid, ``lam_min / lam_max``.
+    return_details : bool, default=False
+        Return the :class:`~skaipo.Reconstruction` of each lambda and the evaluations as well.
+    **params
+        Of :class:`AIPORegressor`: noise, solver, space, penalty, schedule, max_evals, tol,
+        batch_size, n_jobs, verbose.
+
+    Returns
+    -------
+    lams : ndarray of shape (n_lams,)
+        Ascending.
+    X_path : ndarray of shape (n_lams, n_samples, d), or torch.Tensor if ``Y`` is one
+        Further dimensions of images as in ``Y``.
+    reconstructions : list of Reconstruction
+        Only if ``return_details``.
+    n_evals : int
+        Flow evaluations of all rows and lambdas together. Only if ``return_details``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skaipo import GaussianPrior, aipo_path
+    >>> from skaipo.operators import Denoising
+    >>> prior = GaussianPrior(mean=np.zeros(2), covariance=np.eye(2))
+    >>> lams, X_path = aipo_path(np.ones((3, 2)), Denoising(), prior, lams=[0.0, 2.0])
+    >>> X_path.shape
+    (2, 3, 2)
+    """
+    estimator = AIPORegressor(op, prior=prior, **{"schedule": "geometric", **params})
+    _check_schedule(estimator.schedule)
+    lams = _grid(lams, eps, estimator)
+    results, n_evals = estimator._solve(Y, tuple(lams.tolist()))
+    images = [result.x for result in results]
+    if isinstance(images[0], np.ndarray):
+        X_path = np.stack(images)
+    else:
+        X_path = torch.stack(images)
+    return (lams, X_path, results, n_evals) if return_details else (lams, X_path)
+
+
+class _AlongPath:
+    """An estimator at one lambda whose predictions are known already, for scorers."""
+
+    def __init__(self, estimator, result):
+        self._estimator, self._result = estimator, result
+
+    def __getattr__(self, name):
+        return getattr(self._estimator, name)
+
+    def predict(self, Y):
+        return self._result.x
+
+    def reconstruct(self, Y):
+        return self._result
+
+    def score(self, Y, y, sample_weight=None):
+        return type(self._estimator).score(self, Y, y, sample_weight)
+
+
+class AIPORegressorCV(Continuation, Regressor):
+    """AIPO with lambda chosen by cross-validation along one path, as ``LassoCV`` does for Lasso.
+
+    A point of the path equals the single solve at that lambda, so that the choice is the one that
+    ``GridSearchCV`` makes over ``AIPORegressor(schedule="geometric")``, at a fraction of its
+    evaluations. Where the prior is fitted beforehand nothing is learnt in the folds, and they
+    share one path.
+
+    Parameters
+    ----------
+    op : Operator or array-like of shape (m, d)
+        Forward operator.
+    lams : int or array-like, default=20
+        The grid, or its size; see :func:`aipo_path`.
+    eps : float, default=1e-3
+        ``lam_min / lam_max`` of a grid given by its size.
+    cv : int, splitter or iterable, default=None
+        As in ``GridSearchCV``; None is 5 folds.
+    scoring : str, callable or None, default=None
+        Scorer, higher is better. None: negative mean squared error against the clean images, or,
+        where there are none, :func:`~skaipo.metrics.discrepancy_scorer`.
+    prior, noise, solver, space, penalty, schedule, max_evals, tol, batch_size, n_jobs
+        As in :class:`AIPORegressor`, but for ``schedule``, which is "geometric".
+    random_state, verbose
+        As in :class:`AIPORegressor`.
+
+    Attributes
+    ----------
+    lam_ : float
+        The best lambda.
+    lams_ : ndarray of shape (n_lams,)
+        The grid, ascending.
+    best_score_ : float
+        Mean score of ``lam_`` over the folds.
+    mse_path_ : ndarray of shape (n_lams, n_folds)
+        Mean squared error of the held-out reconstructions, where ``fit`` got clean images.
+    cv_results_ : dict of ndarray
+        ``param_lam``, ``split<k>_test_score``, ``mean_test_score``, ``std_test_score``,
+        ``rank_test_score``, as in ``GridSearchCV``.
+    n_evals_ : int
+        Flow evaluations of the whole search.
+    prior_ : FlowPrior or GaussianPrior
+    n_features_in_ : int
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skaipo import AIPORegressorCV, GaussianPrior
+    >>> from skaipo.operators import Denoising
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(30, 2))
+    >>> Y = X + rng.normal(size=X.shape)
+    >>> prior = GaussianPrior(mean=np.zeros(2), covariance=np.eye(2))
+    >>> search = AIPORegressorCV(Denoising(), lams=[0.02, 2.0, 200.0], prior=prior, cv=3)
+    >>> search.fit(Y, X).lam_
+    2.0
+    """
+
+    def __init__(
+        self,
+        op=None,
+        *,
+        lams=20,
+        eps=1e-3,
+        cv=None,
+        scoring=None,
+        prior=None,
+        noise=None,
+        solver="adam",
+        space="image",
+        penalty="density",
+        schedule="geometric",
+        max_evals=300,
+        tol=1e-4,
+        batch_size=64,
+        n_jobs=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.op = op
+        self.lams = lams
+        self.eps = eps
+        self.cv = cv
+        self.scoring = scoring
+        self.prior = prior
+        self.noise = noise
+        self.solver = solver
+        self.space = space
+        self.penalty = penalty
+        self.schedule = schedule
+        self.max_evals = max_evals
+        self.tol = tol
+        self.batch_size = batch_size
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        # Lambda is learnt, whatever else is ready.
+        tags.requires_fit = True
+        return tags
+
+    def __sklearn_is_fitted__(self):
+        return hasattr(self, "lam_")
+
+    def _target(self):
+        if not hasattr(self, "lam_"):
+            raise NotFittedError(
+                f"This {type(self).__name__} has not chosen lambda yet: call fit(Y, X_clean) first."
+            )
+        return self.lam_
+
+    def _single(self, lam=1.0):
+        """The estimator of one point of the path."""
+        params = self.get_params(deep=False)
+        for name in ("lams", "eps", "cv", "scoring"):
+            del params[name]
+        return clone(AIPORegressor(lam=lam, **params))
+
+    def fit(self, X, y=None, *, prior=None):
+        """Choose lambda, then make the prior ready as :meth:`AIPORegressor.fit` does.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, m)
+            Measurements.
+        y : array-like of shape (n_samples, d), default=None
+            Clean images; without them a fitted prior and a scorer that needs none.
+        prior : prior, default=None
+            Like ``set_params(prior=prior)``.
+
+        Returns
+        -------
+        self : AIPORegressorCV
+        """
+        _check_schedule(self.schedule)
+        super().fit(X, y, prior=prior)
+        fitted = self._single()
+        fitted.prior = self.prior_
+        if is_learnt(self.op):
+            fitted.op = self.op_
+        lams = _grid(self.lams, self.eps, fitted)
+        scorer = self._scorer(y)
+        frozen = is_fitted(self.prior) and not is_learnt(self.op)
+        folds = list(check_cv(self.cv, None, classifier=False).split(X, y))
+        targets = tuple(lams.tolist())
+        shared, n_evals = (None, 0)
+        if frozen:
+            # Nothing is learnt in the folds: one path for all rows serves every one of them.
+            shared, n_evals = fitted._solve(X, targets)
+        scores, errors = np.empty((len(lams), len(folds))), np.empty((len(lams), len(folds)))
+        for k, (train, test) in enumerate(folds):
+            Y_test = _safe_indexing(X, test)
+            X_test = None if y is None else _safe_indexing(y, test)
+            if frozen:
+                estimator, results = fitted, [result.rows(test) for result in shared]
+            else:
+                estimator = self._single().fit(_safe_indexing(X, train), _safe_indexing(y, train))
+                results, spent = estimator._solve(Y_test, targets)
+                n_evals += spent
+            for i, result in enumerate(results):
+                if getattr(self, "_one_output", False):
+                    result.x = result.x.reshape(len(result.x))
+                scores[i, k] = scorer(_AlongPath(estimator, result), Y_test, X_test)
+                if X_test is not None:
+                    errors[i, k] = reconstruction_error(X_test, result.x)
+        self.lams_ = lams
+        mean = scores.mean(1)
+        best = int(np.argmax(mean))
+        self.lam_ = float(lams[best])
+        self.best_score_ = float(mean[best])
+        self.n_evals_ = int(n_evals)
+        if y is not None:
+            self.mse_path_ = errors
+        rank = (-mean).argsort(kind="stable").argsort(kind="stable") + 1
+        self.cv_results_ = {
+            "param_lam": lams,
+            **{f"split{k}_test_score": scores[:, k] for k in range(len(folds))},
+            "mean_test_score": mean,
+            "std_test_score": scores.std(1),
+            "rank_test_score": rank,
+        }
+        return self
+
+    def _scorer(self, y):
+        if self.scoring is None:
+            return reconstruction_error_scorer if y is not None else discrepancy_scorer
+        return check_scoring(self, scoring=self.scoring)
