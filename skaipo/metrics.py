@@ -104,8 +104,7 @@ def discrepancy_scorer(estimator, Y, y=None):
     if not hasattr(estimator.noise, "sigma"):
         raise ValueError(
             f"discrepancy_scorer needs to know the size of the noise: set "
-            f"noise=GaussianNoise(sigma) on {type(estimator).__name__}, got "
-            f"noise={estimator.noise!r}."
+            f"noise=GaussianNoise(sigma) on the estimator, got noise={estimator.noise!r}."
         )
     result = estimator.reconstruct(Y)
     # The misfit is half of the squared residual in units of sigma.

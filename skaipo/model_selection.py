@@ -6,13 +6,11 @@ import numpy as np
 import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.metrics import check_scoring
-from sklearn.model_selection import check_cv
-from sklearn.utils import _safe_indexing
+from sklearn.utils import _safe_indexing, indexable
 
 from skaipo._validation import check_lam
 from skaipo.estimators import AIPORegressor
-from skaipo.estimators._base import is_fitted, is_learnt
+from skaipo.estimators._base import is_fitted, is_learnt, is_prior
 from skaipo.estimators._estimators import Continuation, Regressor
 from skaipo.metrics import (
     discrepancy_scorer,
@@ -265,7 +263,16 @@ class AIPORegressorCV(Continuation, Regressor):
         -------
         self : AIPORegressorCV
         """
+        # Here, because they take longer to import than the whole of skaipo.
+        from sklearn.model_selection import check_cv
+
         _check_schedule(self.schedule)
+        if X is None or is_prior(X) or isinstance(X, torch.nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} chooses lambda by measurements: call fit(Y, X_clean), and "
+                f"pass the prior as {type(self).__name__}(op, prior=prior) or fit(Y, prior=prior)."
+            )
+        X, y = indexable(X, y)
         super().fit(X, y, prior=prior)
         fitted = self._single()
         fitted.prior = self.prior_
@@ -317,4 +324,6 @@ class AIPORegressorCV(Continuation, Regressor):
     def _scorer(self, y):
         if self.scoring is None:
             return reconstruction_error_scorer if y is not None else discrepancy_scorer
+        from sklearn.metrics import check_scoring
+
         return check_scoring(self, scoring=self.scoring)

@@ -1,6 +1,7 @@
 """What the estimators share: making ready, chunks of rows, results and warnings."""
 
 import copy
+import math
 import numbers
 import warnings
 
@@ -128,6 +129,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         self._check_params()
         if self.prior is None:
             raise self._no_prior()
+        self._one_output = False
         clean = self._clean_data(X, y)
         if is_fitted(self.prior):
             self.prior_ = self.prior
@@ -144,6 +146,11 @@ class Reconstructor(ShortRepr, BaseEstimator):
             flat, _, _ = check_batch(clean, name="y", dtype=torch.float64)
             self.op_ = self.op.learn(to_numpy(flat), to_numpy(measured))
         op, _ = self._bind(self.prior_)
+        if clean is not None and math.prod(clean.shape[1:]) != op.n_features_in_:
+            raise ValueError(
+                f"y must hold clean images of {op.n_features_in_} features, those of the prior, "
+                f"got shape {tuple(clean.shape)}."
+            )
         if X is not None:
             self._measurements(X, op, reset=True)
         return self
@@ -153,7 +160,6 @@ class Reconstructor(ShortRepr, BaseEstimator):
         return None if y is None else self._check_clean(X, y)
 
     def _check_clean(self, X, y):
-        self._one_output = False
         if X is not None:
             check_consistent_length(X, y)
         if not isinstance(y, torch.Tensor):

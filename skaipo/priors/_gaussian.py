@@ -5,7 +5,6 @@ import numbers
 
 import numpy as np
 import torch
-from sklearn.covariance import LedoitWolf
 
 from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
 from skaipo.flows import Flow
@@ -159,6 +158,9 @@ class GaussianPrior(Prior):
             raise ValueError("GaussianPrior needs at least 2 samples to fit, got n_samples=1.")
         x = to_numpy(x)
         if self.shrinkage == "auto":
+            # Here, because it takes longer to import than the whole of skaipo.
+            from sklearn.covariance import LedoitWolf
+
             covariance = LedoitWolf().fit(x).covariance_
         elif isinstance(self.shrinkage, numbers.Real) and 0 <= self.shrinkage <= 1:
             covariance = np.atleast_2d(np.cov(x, rowvar=False, bias=True))
