@@ -4,6 +4,7 @@ from skaipo.solvers._base import STATUS, Method, Solution, minimize
 from skaipo.solvers._continuation import (
     GeometricSchedule,
     LinearSchedule,
+    TheorySchedule,
     continuation,
     continuation_path,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "LinearSchedule",
     "Method",
     "Solution",
+    "TheorySchedule",
     "continuation",
     "continuation_path",
     "minimize",

@@ -6,9 +6,15 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 
-from skaipo.solvers._base import minimize
+from skaipo.solvers._base import CONVERGED, minimize
 
-__all__ = ["GeometricSchedule", "LinearSchedule", "continuation", "continuation_path"]
+__all__ = [
+    "GeometricSchedule",
+    "LinearSchedule",
+    "TheorySchedule",
+    "continuation",
+    "continuation_path",
+]
 
 
 class LinearSchedule(BaseEstimator):
@@ -97,6 +103,92 @@ class GeometricSchedule(BaseEstimator):
         return max(2, math.ceil((1 - self.share) * max_evals))
 
 
+class TheorySchedule(BaseEstimator):
+    """Algorithm 1 of Liu et al. (2023): stages and steps that reach the global minimiser.
+
+    With gradient steps of length ``1 / L`` (``GradientDescent(lipschitz=L)``) the result is within
+    ``epsilon`` of the minimiser at the target, if the assumptions hold and the start is within
+    :attr:`radius` of the minimiser at lambda 0. ``docs/theory.md`` derives the constants.
+
+    Parameters
+    ----------
+    L : float
+        Assumption 3.2: the gradient of the objective is ``L``-Lipschitz for every lambda up to the
+        target.
+    sigma : float
+        Assumption 3.3: ``||x - x*(lam)|| <= sigma ||gradient(x; lam)||`` in the ball of radius
+        ``delta`` around ``x*(lam)``. At least ``1 / L``.
+    delta : float
+        Assumption 3.3: the radius of that ball.
+    C : float
+        Assumption 3.4: ``||x*(a) - x*(b)|| <= C |a - b|``.
+    epsilon : float, default=1e-3
+        Distance to the minimiser that is asked for.
+    """
+
+    # Every step is taken: no early exit, and nothing beside the algorithm.
+    tol = 0.0
+    exact = True
+
+    def __init__(self, L, sigma, delta, C, epsilon=1e-3):
+        self.L = L
+        self.sigma = sigma
+        self.delta = delta
+        self.C = C
+        self.epsilon = epsilon
+
+    @property
+    def mu(self):
+        """Constant of the Polyak-Lojasiewicz inequality: ``1 / (L sigma^2)`` (3.2 and 3.3)."""
+        return 1.0 / (self.L * self.sigma**2)
+
+    @property
+    def radius(self):
+        """``delta_0 = delta sqrt(mu / L) / 2``: what a stage may be off, and lambda may move it.
+
+        Two such distances keep the next start so close that descent never leaves the ball of
+        Assumption 3.3: ``sqrt(L / mu) * 2 delta_0 = delta``.
+        """
+        return 0.5 * self.delta * math.sqrt(self.mu / self.L)
+
+    def _steps(self, quotient):
+        """Steps that shrink the bound by ``quotient``: the gap shrinks by 1 - mu / L in each."""
+        if self.mu >= self.L:
+            return 1  # perfectly conditioned: one step is exact
+        return max(
+            0, math.floor(2 * math.log(quotient) / math.log(self.L / (self.L - self.mu))) + 1
+        )
+
+    def n_stages(self, target):
+        """``N = floor(C lam / delta_0) + 1``: each moves the minimiser by less than delta_0."""
+        return math.floor(self.C * target / self.radius) + 1
+
+    def stages(self, objective, target, max_evals):
+        """Lambdas before the target, and gradient steps per stage."""
+        for name in ("L", "sigma", "delta", "C", "epsilon"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and (value > 0 or (name == "C" and value == 0))):
+                raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        if self.L * self.sigma < 1 - 1e-9:
+            raise ValueError(
+                f"L * sigma must be at least 1 (a gradient cannot be larger than L times the "
+                f"distance), got L={self.L}, sigma={self.sigma}."
+            )
+        n, steps = self.n_stages(target), self._steps(2 * self.delta / self.radius)
+        needed = (n - 1) * steps + self.last(max_evals)
+        if needed > max_evals - max_evals // 3:
+            raise ValueError(
+                f"Algorithm 1 takes {needed} gradient steps here ({n} stages of {steps}); set "
+                f"max_evals to at least {math.ceil(1.5 * needed) + 3} (a third is for the start), "
+                f"or use another schedule."
+            )
+        return [target * k / n for k in range(1, n)], steps
+
+    def last(self, max_evals):
+        """Gradient steps of the last stage, which ends within epsilon."""
+        return max(1, self._steps(2 * self.delta / self.epsilon))
+
+
 def _stage(objective, state, lam, method, limit, tol, history, anneal):
     u, evaluation, memory = state
     lams = torch.full_like(evaluation.data, lam)
@@ -153,7 +245,8 @@ def continuation_path(
         Those without the branch.
     """
     evaluation, spare = objective.evaluate(u), None
-    if fallback is not None:
+    exact = getattr(schedule, "exact", False)
+    if fallback is not None and not exact:
         spare = objective.evaluate(fallback)
         spare.prior[~spare.finite()] = torch.inf
         lost = ~evaluation.finite() & spare.finite()
@@ -184,8 +277,20 @@ def continuation_path(
                     method.forget(memory, failed)
         limit = (objective.n_evals + schedule.last(max_evals)).clamp_max(max_evals)
         solution = _stage(
-            objective, (u, evaluation, memory), target, method, limit, tol, history, anneal=True
+            objective,
+            (u, evaluation, memory),
+            target,
+            method,
+            limit,
+            schedule.tol if exact else tol,
+            history,
+            anneal=True,
         )
+        if exact:
+            # Assumption 3.3 turns the gradient into a distance: certify what was asked for.
+            lam = torch.full_like(evaluation.data, target)
+            distance = schedule.sigma * solution.evaluation.gradient(lam).norm(dim=1)
+            solution.status[distance <= schedule.epsilon] = CONVERGED
         yield solution, objective.n_evals.clone(), trunk_evals
         # The next target's way does not lead through this branch.
         objective.n_evals.copy_(trunk_evals)
