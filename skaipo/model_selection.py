@@ -4,6 +4,7 @@ import numbers
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import _safe_indexing, indexable
@@ -309,15 +310,15 @@ class AIPORegressorCV(Continuation, Regressor):
         self.lam_ = float(lams[best])
         self.best_score_ = float(mean[best])
         self.n_evals_ = int(n_evals)
+        vars(self).pop("mse_path_", None)
         if y is not None:
             self.mse_path_ = errors
-        rank = (-mean).argsort(kind="stable").argsort(kind="stable") + 1
         self.cv_results_ = {
             "param_lam": lams,
             **{f"split{k}_test_score": scores[:, k] for k in range(len(folds))},
             "mean_test_score": mean,
             "std_test_score": scores.std(1),
-            "rank_test_score": rank,
+            "rank_test_score": rankdata(-mean, method="min").astype(np.int32),
         }
         return self
 
