@@ -96,7 +96,9 @@ def unpack_module(state):
         size = math.prod(shape) * dtype.itemsize
         # A copy: the flat array may be a read-only memmap.
         raw = np.array(state["flat"][offset : offset + size])
-        tensor = torch.from_numpy(raw).view(dtype).reshape(shape)
+        # An empty array has strides that torch cannot view as another type.
+        tensor = torch.from_numpy(raw).view(dtype) if size else torch.empty(0, dtype=dtype)
+        tensor = tensor.reshape(shape)
         if not device.startswith("cuda") or torch.cuda.is_available():
             tensor = tensor.to(device)
         if is_parameter:

@@ -8,6 +8,7 @@ from scipy.stats import rankdata
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import _safe_indexing, indexable
+from sklearn.utils.validation import _num_samples
 
 from skaipo._validation import check_lam
 from skaipo.estimators import AIPORegressor
@@ -133,8 +134,8 @@ class AIPORegressorCV(Continuation, Regressor):
 
     A point of the path equals the single solve at that lambda, so that the choice is the one that
     ``GridSearchCV`` makes over ``AIPORegressor(schedule="geometric")``, at a fraction of its
-    evaluations. Where the prior is fitted beforehand nothing is learnt in the folds, and they
-    share one path.
+    evaluations. Where the prior is fitted beforehand nothing is learnt in the folds: each row is
+    solved for once, however many folds test it.
 
     Parameters
     ----------
@@ -284,18 +285,22 @@ class AIPORegressorCV(Continuation, Regressor):
         frozen = is_fitted(self.prior) and not is_learnt(self.op)
         folds = list(check_cv(self.cv, None, classifier=False).split(X, y))
         targets = tuple(lams.tolist())
-        shared, n_evals = (None, 0)
-        if frozen:
-            # Nothing is learnt in the folds: one path for all rows serves every one of them.
+        # Where nothing is learnt in the folds and they share rows, one path serves all of them.
+        # (Where they do not, a path for each costs the same, and has the chunks of GridSearchCV.)
+        shared, n_evals = None, 0
+        if frozen and sum(len(test) for _, test in folds) > _num_samples(X):
             shared, n_evals = fitted._solve(X, targets)
         scores, errors = np.empty((len(lams), len(folds))), np.empty((len(lams), len(folds)))
         for k, (train, test) in enumerate(folds):
             Y_test = _safe_indexing(X, test)
             X_test = None if y is None else _safe_indexing(y, test)
-            if frozen:
-                estimator, results = fitted, [result.rows(test) for result in shared]
+            estimator = fitted
+            if shared is not None:
+                results = [result.rows(test) for result in shared]
             else:
-                estimator = self._single().fit(_safe_indexing(X, train), _safe_indexing(y, train))
+                if not frozen:
+                    X_train, y_train = _safe_indexing(X, train), _safe_indexing(y, train)
+                    estimator = self._single().fit(X_train, y_train)
                 results, spent = estimator._solve(Y_test, targets)
                 n_evals += spent
             for i, result in enumerate(results):

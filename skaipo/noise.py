@@ -9,10 +9,12 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 
+from skaipo.operators._base import ShortRepr
+
 __all__ = ["GaussianNoise", "NoiseModel", "SquaredError", "as_noise"]
 
 
-class NoiseModel(BaseEstimator, ABC):
+class NoiseModel(ShortRepr, BaseEstimator, ABC):
     """Base class of noise models.
 
     A subclass stores its parameters in ``__init__`` and writes ``_penalty`` and ``max_curvature``,

@@ -81,13 +81,13 @@ class Reconstructor(ShortRepr, BaseEstimator):
 
     def __sklearn_clone__(self):
         # clone() would give back an unfitted prior; a fitted one rides along, weights shared.
-        params = {
-            name: copy.copy(value)
-            if name == "prior" and is_prior(value) and is_fitted(value)
-            else clone(value, safe=False)
-            for name, value in self.get_params(deep=False).items()
-        }
-        return type(self)(**params)
+        if not (is_prior(self.prior) and is_fitted(self.prior)):
+            return super().__sklearn_clone__()
+        shell = copy.copy(self)
+        shell.prior = None
+        other = super(Reconstructor, shell).__sklearn_clone__()
+        other.prior = copy.copy(self.prior)
+        return other
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "prior_") or self._is_ready()
@@ -146,13 +146,15 @@ class Reconstructor(ShortRepr, BaseEstimator):
             flat, _, _ = check_batch(clean, name="y", dtype=torch.float64)
             self.op_ = self.op.learn(to_numpy(flat), to_numpy(measured))
         op, _ = self._bind(self.prior_)
-        if clean is not None and math.prod(clean.shape[1:]) != op.n_features_in_:
-            raise ValueError(
-                f"y must hold clean images of {op.n_features_in_} features, those of the prior, "
-                f"got shape {tuple(clean.shape)}."
-            )
         if X is not None:
             self._measurements(X, op, reset=True)
+        # (What is X itself has been checked.)
+        d = op.n_features_in_
+        if clean is not None and clean is not X and math.prod(clean.shape[1:]) != d:
+            raise ValueError(
+                f"y must hold clean images of {d} features, as the prior does, got shape "
+                f"{tuple(clean.shape)}."
+            )
         return self
 
     def _clean_data(self, X, y):

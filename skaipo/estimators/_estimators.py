@@ -119,7 +119,8 @@ class AIPORegressor(Continuation, Regressor):
     tol : float, default=1e-4
         A row has converged when its gradient is this small against its two terms' gradients.
     batch_size : int, default=64
-        Rows that are solved together. Memory grows with it; results do not depend on it.
+        Rows that are solved together. Memory grows with it; results do not depend on it, bit for
+        bit for convolutional flows, to rounding for dense ones (BLAS rounds a row by its place).
     n_jobs : int, default=None
         Chunks of rows in parallel, by joblib.
     random_state : int, RandomState or None, default=None
@@ -273,6 +274,10 @@ class AIPOTransformer(
     @property
     def _n_features_out(self):
         return self._ready_prior().flow_.n_features
+
+    def fit_transform(self, X, y=None, *, prior=None, mask=None):
+        """Fit, then reconstruct the same rows; see :meth:`fit` and :meth:`transform`."""
+        return self.fit(X, y, prior=prior).transform(X, mask)
 
     def transform(self, Y, mask=None):
         """Reconstruct a batch of measurements.

@@ -10,7 +10,6 @@ from sklearn.base import (
     ClassNamePrefixFeaturesOutMixin,
     DensityMixin,
     TransformerMixin,
-    clone,
 )
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
@@ -106,12 +105,12 @@ class Prior(
         return other
 
     def __sklearn_clone__(self):
-        return type(self)(
-            **{
-                key: value if isinstance(value, torch.nn.Module) else clone(value, safe=False)
-                for key, value in self.get_params(deep=False).items()
-            }
-        )
+        # clone() would deep-copy modules and moments; nothing here ever writes to them.
+        params = self.get_params(deep=False).items()
+        shared = {k: v for k, v in params if isinstance(v, torch.nn.Module | np.ndarray)}
+        shell = copy.copy(self)
+        vars(shell).update(dict.fromkeys(shared))
+        return super(Prior, shell).__sklearn_clone__().set_params(**shared)
 
     def _check(self, X, name="X"):
         flow = self.flow_

@@ -175,10 +175,6 @@ class GaussianPrior(Prior):
         self._fitted_flow = self._build(x.mean(0), covariance, event_shape)
         return self
 
-    def __sklearn_clone__(self):
-        # Nothing here writes to the given moments: clones share them.
-        return type(self)(**self.get_params(deep=False))
-
     def map_estimate(self, Y, op, noise=None, lam=1.0):
         """Closed-form minimiser of ``nll(y, A x) - lam * log p(x)`` for a linear operator.
 

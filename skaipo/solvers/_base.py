@@ -46,6 +46,10 @@ class Method(BaseEstimator):
     the loop can drop the rows that are done.
     """
 
+    # Evaluations without a decrease after which a row has stalled; None: never, for methods that
+    # do not go downhill all the time.
+    patience = None
+
     def start(self, objective, u, evaluation, lam):
         """Return the memory for a batch that starts at ``u``."""
         raise TypeError(f"{type(self).__name__} does not implement start.")
@@ -137,6 +141,8 @@ def minimize(
         budget=budget,
         failures=torch.zeros_like(rows),
         restarts=torch.zeros_like(rows),
+        reference=evaluation.value(lam),
+        idle=torch.zeros_like(rows),
     )
     best = evaluation
     final = Solution(
@@ -194,7 +200,10 @@ def minimize(
         running = status[rows] == _RUNNING
         status[rows[running & (objective.n_evals[rows] >= active["budget"])]] = BUDGET
         running = status[rows] == _RUNNING
-        status[rows[running & method.stalled(memory, active["u"])]] = STALLED
+        stalled = method.stalled(memory, active["u"])
+        if method.patience is not None:
+            stalled = stalled | (active["idle"] >= method.patience)
+        status[rows[running & stalled]] = STALLED
         settle()
         if len(rows) == 0:
             return final
@@ -216,6 +225,11 @@ def minimize(
         better = ok & (trial_evaluation.value(active["lam"]) < best.value(active["lam"]))
         best = best.where(better, trial_evaluation)
         active["best_u"] = torch.where(better[:, None], trial, active["best_u"])
+        # Decreases add up until they are more than rounding.
+        value = best.value(active["lam"])
+        lower = value < active["reference"] - best.rounding(active["lam"])
+        active["reference"] = torch.where(lower, value, active["reference"])
+        active["idle"] = torch.where(lower, 0, active["idle"] + 1)
         if history is not None:
             history.append((rows, active["lam"], evaluation.value(active["lam"])))
 

@@ -79,6 +79,11 @@ class GradientDescent(Method):
     def __init__(self, lipschitz=None):
         self.lipschitz = lipschitz
 
+    @property
+    def patience(self):
+        """Halvings from a step that is far too long to one that is lost in rounding."""
+        return None if self.lipschitz is not None else 64
+
     def start(self, objective, u, evaluation, lam):
         if self.lipschitz is not None:
             return dict(step=torch.full_like(lam, 1.0 / self.lipschitz))
@@ -98,8 +103,3 @@ class GradientDescent(Method):
 
     def soften(self, memory, rows):
         memory["step"][rows] *= 0.1
-
-    def stalled(self, memory, u):
-        if self.lipschitz is not None:
-            return super().stalled(memory, u)
-        return memory["step"] <= torch.finfo(u.dtype).tiny * 1e6

@@ -35,6 +35,8 @@ class LBFGS(Method):
     # Sufficient decrease, and how small a step may get before the memory is dropped.
     _ARMIJO = 1e-4
     _MAX_TRIALS = 12
+    # Twice what it takes to shorten the step, drop the memory and shorten the step again.
+    patience = 4 * _MAX_TRIALS
 
     def start(self, objective, u, evaluation, lam):
         n, d = u.shape

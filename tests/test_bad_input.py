@@ -1,0 +1,191 @@
+"""Every kind of bad input has its own message: what came, what was expected, how to fix it."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from sklearn.exceptions import NotFittedError
+
+from skaipo import AIPORegressor, AIPOTransformer, FixedLambdaMAP, FlowPrior, GaussianPrior
+from skaipo.noise import GaussianNoise
+from skaipo.operators import CompressedSensing, Denoising, Inpainting, MatrixOperator
+
+D, M = 6, 4
+ESTIMATORS = [AIPORegressor, FixedLambdaMAP, AIPOTransformer]
+
+
+@pytest.fixture(params=ESTIMATORS, ids=lambda e: e.__name__)
+def build(request):
+    """Build an estimator with a fitted prior, and whatever a test changes."""
+
+    def make(**params):
+        prior = GaussianPrior(np.zeros(D), np.eye(D))
+        settings = dict(op=CompressedSensing(M), prior=prior, max_evals=20)
+        return request.param(**{**settings, **params})
+
+    return make
+
+
+def call(model, Y):
+    return model.transform(Y) if isinstance(model, AIPOTransformer) else model.predict(Y)
+
+
+Y_GOOD = np.ones((3, M))
+
+
+def altered(position, value):
+    Y = Y_GOOD.copy()
+    Y[position] = value
+    return Y
+
+
+@pytest.mark.parametrize(
+    "Y, message",
+    [
+        (np.ones((3, M + 1)), r"Y has 5 columns, but CompressedSensing \(with a prior of 6 feat"),
+        (altered((1, 2), np.inf), r"infinity"),
+        (altered(1, np.nan), r"1 row\(s\) without a single measured value .* row 1"),
+        (np.array([["a"] * M]), r"could not convert string|non-numeric|dtype"),
+        (np.ones((0, M)), r"0 sample\(s\)"),
+        (np.ones((3, M), dtype=np.float16), r"float16, which is too coarse .* float32 or float64"),
+        (torch.ones(3, M, dtype=torch.float16), r"float16, which is too coarse"),
+        (torch.full((3, M), torch.inf), r"contains infinity in 3 row\(s\)"),
+        (np.ones((3, 2, M)), r"Y has shape \(3, 2, 4\), but .* expects \(n_samples, 4\)"),
+        (np.ones(M), r"Expected 2D array, got 1D array instead"),
+        (np.ones((3, M), dtype=complex), r"Complex data not supported"),
+    ],
+    ids=["width", "inf", "all_nan", "strings", "empty", "float16", "torch_float16", "torch_inf",
+         "3d", "1d", "complex"],
+)  # fmt: skip
+def test_measurements(build, Y, message):
+    with pytest.raises(ValueError, match=message):
+        call(build(), Y)
+
+
+def test_sparse_measurements(build):
+    with pytest.raises(TypeError, match="[Ss]parse"):
+        call(build(), sp.csr_array(Y_GOOD))
+
+
+@pytest.mark.parametrize("lam", [-1.0, np.nan, np.inf])
+def test_lam_out_of_range(build, lam):
+    with pytest.raises(ValueError, match="lam must be finite and >= 0"):
+        call(build(lam=lam), Y_GOOD)
+
+
+@pytest.mark.parametrize("lam", ["1", None, True, [1.0]])
+def test_lam_of_another_type(build, lam):
+    with pytest.raises(TypeError, match="lam must be a real number >= 0, got"):
+        call(build(lam=lam), Y_GOOD)
+
+
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        (dict(solver="newton"), r"solver must be one of 'adam', 'lbfgs', 'gd', got 'newton'"),
+        (dict(space="pixel"), r"space must be one of 'image', 'latent', got 'pixel'"),
+        (dict(penalty="l2"), r"penalty must be one of 'density', 'latent', got 'l2'"),
+        (dict(max_evals=0), r"max_evals must be an integer of at least 4, got 0"),
+        (dict(max_evals=10.5), r"max_evals must be an integer"),
+        (dict(batch_size=0), r"batch_size must be an integer of at least 1, got 0"),
+        (dict(tol=-1), r"tol must be a number >= 0, got -1"),
+        (dict(op=None), r"needs a forward operator: pass op"),
+        (dict(noise=GaussianNoise([1.0, 2.0])), r"2.*4|4.*2"),
+        (dict(noise=GaussianNoise(-1.0)), r"sigma"),
+        (dict(op=CompressedSensing(7)), r"n_measurements=7.* 6 features.*prior's"),
+        (dict(op=MatrixOperator(np.ones((4, 5)))), r"measures images of 5 features.*prior's.*6"),
+        (dict(op=Inpainting(np.ones(5, dtype=bool))), r"5.*6|6.*5"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_parameters(build, params, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call(build(**params), Y_GOOD)
+
+
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        (dict(noise=0.1), r"GaussianNoise\(0.1\)"),
+        (dict(op=Denoising), r"the class Denoising; did you mean Denoising\(\.\.\.\)"),
+        (dict(op="blur"), r"op must be an operator"),
+    ],
+)
+def test_parameters_of_another_type(build, params, message):
+    with pytest.raises(TypeError, match=message):
+        call(build(**params), Y_GOOD)
+
+
+def test_unknown_init():
+    model = FixedLambdaMAP(CompressedSensing(M), prior=GaussianPrior(np.zeros(D), np.eye(D)))
+    with pytest.raises(ValueError, match="init must be one of 'mle', 'zero', 'random', got 'ones'"):
+        model.set_params(init="ones").predict(Y_GOOD)
+
+
+def test_unknown_schedule():
+    model = AIPORegressor(CompressedSensing(M), prior=GaussianPrior(np.zeros(D), np.eye(D)))
+    with pytest.raises(ValueError, match="schedule must be one of 'linear', 'geometric'"):
+        model.set_params(schedule="exponential").predict(Y_GOOD)
+
+
+def test_no_prior(build):
+    with pytest.raises(NotFittedError, match=r"no prior. Pass a fitted one, .* or fit\(prior\)"):
+        call(build(prior=None), Y_GOOD)
+    with pytest.raises(NotFittedError, match="has no prior"):
+        build(prior=None).fit(Y_GOOD)
+
+
+@pytest.mark.parametrize("prior", [FlowPrior(), GaussianPrior()], ids=["flow", "gaussian"])
+def test_prior_that_is_not_fitted(build, prior):
+    with pytest.raises(NotFittedError, match=r"prior of this \w+ is not fitted yet"):
+        call(build(prior=prior), Y_GOOD)
+
+
+@pytest.mark.parametrize("estimator", [AIPORegressor, FixedLambdaMAP])
+def test_prior_that_is_not_fitted_and_nothing_to_fit_it_on(estimator):
+    model = estimator(CompressedSensing(M), prior=GaussianPrior())
+    with pytest.raises(ValueError, match=r"GaussianPrior is not fitted.*fit\(Y, X_clean\)"):
+        model.fit(Y_GOOD)
+
+
+def test_transformer_does_not_take_measurements_for_images():
+    model = AIPOTransformer(CompressedSensing(M), prior=GaussianPrior())
+    with pytest.raises(ValueError, match="what CompressedSensing measures are none"):
+        model.fit(Y_GOOD, ["a", "b", "a"])
+
+
+def test_two_priors(build):
+    prior = GaussianPrior(np.zeros(D), np.eye(D))
+    with pytest.raises(TypeError, match=r"two priors: pass it once"):
+        build().fit(prior, prior=prior)
+
+
+def test_what_is_no_prior(build):
+    with pytest.raises(TypeError, match="prior must be a FlowPrior or GaussianPrior, got 3"):
+        build().fit(prior=3)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (np.ones((3, M)), "mask must be boolean"),
+        (np.ones((2, M), dtype=bool), r"of the shape of Y, 3 rows of 4 values; got .*\(2, 4\)"),
+        (np.zeros((3, M), dtype=bool), r"mask leaves 3 row\(s\) without a single measured value"),
+    ],
+)
+def test_mask(build, mask, message):
+    with pytest.raises(ValueError, match=message):
+        build().reconstruct(Y_GOOD, mask=mask)
+
+
+def test_width_differs_from_what_fit_saw():
+    model = AIPORegressor(Denoising(), prior=GaussianPrior(np.zeros(D), np.eye(D)))
+    model.fit(np.ones((3, D)))
+    with pytest.raises(ValueError, match="X has 5 features, but AIPORegressor is expecting 6"):
+        model.predict(np.ones((3, D - 1)))
+
+
+def test_score_with_images_of_another_size():
+    model = AIPORegressor(Denoising(), prior=GaussianPrior(np.zeros(D), np.eye(D)), max_evals=10)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="clean images of 6 features"):
+        model.score(np.ones((3, D)), np.ones((3, D - 1)))
