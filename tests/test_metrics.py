@@ -176,5 +176,7 @@ def test_discrepancy_in_a_pipeline():
 
 
 def test_discrepancy_needs_the_noise():
-    with pytest.raises(ValueError, match=r"set noise=GaussianNoise\(sigma\) on Model, got noise="):
+    with pytest.raises(
+        ValueError, match=r"set noise=GaussianNoise\(sigma\) on the estimator, got noise="
+    ):
         discrepancy_scorer(Model(misfit=np.ones(2), n_observed=np.ones(2)), "Y")

@@ -495,7 +495,7 @@ def test_one_sample_is_too_few_and_two_are_enough():
         ("validation_fraction", "half", "validation_fraction must lie"),
         ("max_minutes", 0, "max_minutes must be None or a number above 0, got 0"),
         ("max_minutes", "1", "max_minutes must be"),
-        ("n_levels", 2, "at least 4 features, got 2"),
+        ("n_levels", 2, "at least 4 features, got n_features=2"),
         ("flow", "nice", "Unknown flow 'nice'"),
     ],
 )

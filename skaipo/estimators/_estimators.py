@@ -328,7 +328,9 @@ class FixedLambdaMAP(Regressor):
     >>> from skaipo.noise import GaussianNoise
     >>> from skaipo.operators import Denoising
     >>> prior = GaussianPrior(mean=np.zeros(2), covariance=np.eye(2))
-    >>> model = FixedLambdaMAP(Denoising(), prior=prior, noise=GaussianNoise(1.0), tol=1e-6)
+    >>> model = FixedLambdaMAP(
+    ...     Denoising(), prior=prior, noise=GaussianNoise(1.0), solver="lbfgs", tol=1e-6
+    ... )
     >>> model.predict(np.array([[2.0, 4.0]])).round(3)
     array([[1., 2.]])
     """

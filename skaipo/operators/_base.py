@@ -30,7 +30,8 @@ def describe(value):
     if isinstance(value, torch.nn.Module):
         count = sum(parameter.numel() for parameter in value.parameters())
         return f"<{type(value).__name__}, {count} parameters>"
-    if isinstance(value, list | tuple) and len(value) > 4:
+    plain = isinstance(value, list | tuple) and all(np.isscalar(item) for item in value)
+    if isinstance(value, list | tuple) and not (plain and len(value) <= 4):
         return f"<{type(value).__name__} of {len(value)}>"
     return repr(value)
 
