@@ -9,19 +9,28 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # There while an installation is under way, and left behind by one that was interrupted.
 UNFINISHED := $(VENV)/.unfinished
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-input
+PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS)
+
+# The oldest scikit-learn that pyproject.toml allows, with numpy and scipy of its time, and the
+# newest of the three. All else, torch first of all, is as in constraints.txt.
+MATRIX := .venv-matrix
+OLDEST := 'scikit-learn==1.6.*' 'numpy<2.2' 'scipy<1.15'
+NEWEST := scikit-learn numpy scipy
+MATRIX_TESTS := $(wildcard tests/test_sklearn.py tests/test_contract.py tests/test_model_selection.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean distclean
+.PHONY: help install demo test test-matrix lint format clean distclean
 
 help:
-	@echo "make demo       run the demo"
-	@echo "make test       run the tests; PYTEST_ARGS='-k flows' passes arguments to pytest"
-	@echo "make lint       check style and formatting"
-	@echo "make format     fix what can be fixed of both"
-	@echo "make install    only make the virtual environment, $(VENV)"
-	@echo "make clean      remove caches and build outputs"
-	@echo "make distclean  remove $(VENV) as well"
+	@echo "make demo         run the demo"
+	@echo "make test         run the tests; PYTEST_ARGS='-k flows' passes arguments to pytest"
+	@echo "make test-matrix  run the tests of the scikit-learn contract with its oldest and newest version"
+	@echo "make lint         check style and formatting"
+	@echo "make format       fix what can be fixed of both"
+	@echo "make install      only make the virtual environment, $(VENV)"
+	@echo "make clean        remove caches and build outputs"
+	@echo "make distclean    remove $(VENV) and $(MATRIX) as well"
 
 install: $(STAMP)
 
@@ -30,6 +39,27 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Both versions are tried, also when the first fails.
+test-matrix: $(STAMP)
+	@set -e; trap 'exit 130' INT TERM; \
+	mkdir -p $(MATRIX); failed=; \
+	grep -v -E '^(numpy|scipy|scikit-learn|narwhals)==' constraints.txt > $(MATRIX)/constraints.txt; \
+	for name in oldest newest; do \
+	    if [ $$name = oldest ]; then set -- $(OLDEST); else set -- $(NEWEST); fi; \
+	    python=$(MATRIX)/$$name/bin/python; \
+	    "$$python" -m pip --version >/dev/null 2>&1 || \
+	        $(BIN)/python -m venv --clear $(MATRIX)/$$name; \
+	    echo "Installing $$* into $(MATRIX)/$$name"; \
+	    "$$python" -m pip install $(PIP_OPTIONS) -c constraints.txt torch; \
+	    "$$python" -m pip install $(PIP_OPTIONS) --upgrade -c $(MATRIX)/constraints.txt \
+	        -e '.[test]' "$$@"; \
+	    "$$python" -c 'import numpy, scipy, sklearn; \
+	        print("scikit-learn", sklearn.__version__, "numpy", numpy.__version__, \
+	              "scipy", scipy.__version__)'; \
+	    "$$python" -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS) || failed="$$failed $$name"; \
+	done; \
+	[ -z "$$failed" ] || { echo "The tests failed with:$$failed" >&2; exit 1; }
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
@@ -74,7 +104,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(MATRIX)

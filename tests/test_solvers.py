@@ -1,0 +1,915 @@
+"""The solvers against closed forms, scipy, torch.optim and gradients computed outside.
+
+The problems with a normal prior have known answers; those with a flow are not convex, and there
+the tests ask for stationarity, and for nothing about which minimum was found.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from problems import (
+    Cliff,
+    any_operator,
+    drop_entries,
+    gaussian_prior,
+    make_objective,
+    random_flow,
+)
+from scipy.optimize import minimize as scipy_minimize
+from sklearn.base import clone
+
+from skaipo.flows import Glow, RealNVP
+from skaipo.noise import GaussianNoise, NoiseModel
+from skaipo.operators import CompressedSensing, Denoising, Inpainting
+from skaipo.solvers import (
+    LBFGS,
+    STATUS,
+    Adam,
+    GeometricSchedule,
+    GradientDescent,
+    LinearSchedule,
+    Method,
+    continuation,
+    continuation_path,
+    minimize,
+    mle_start,
+)
+
+SPACES = ["image", "latent"]
+OPERATORS = ["denoising", "inpainting", "compressed"]
+METHODS = {"adam": lambda: Adam(learning_rate=0.1), "lbfgs": LBFGS, "gd": GradientDescent}
+CONVERGED, BUDGET, STALLED, DIVERGED = range(len(STATUS))
+SIGMA = 0.5
+
+
+def rows_of(lam, n):
+    return torch.full((n,), float(lam), dtype=torch.float64)
+
+
+def gaussian_problem(operator="compressed", space="image", n=6, missing=True, seed=0):
+    """Objective, prior, operator and measurements, some of them missing."""
+    prior = gaussian_prior()
+    op = any_operator(operator, 6)
+    x = np.random.default_rng(seed).multivariate_normal(prior.mean_, prior.covariance_, size=n)
+    y = GaussianNoise(SIGMA).add_noise(op(x), random_state=seed)
+    y = drop_entries(y, seed) if missing else y
+    objective = make_objective(prior.flow_, op, GaussianNoise(SIGMA), y, space)
+    return objective, prior, op, y
+
+
+def flow_problem(architecture=RealNVP, space="latent", n=6, operator="compressed", seed=0, **flow):
+    """An objective that is not convex, and measurements of samples of the flow."""
+    shape = (1, 4, 4) if architecture is Glow else (6,)
+    flow = random_flow(architecture, shape, **flow)
+    op = any_operator(operator, flow.n_features)
+    x = flow.sample(n, generator=torch.Generator().manual_seed(seed)).flatten(1)
+    y = GaussianNoise(SIGMA).add_noise(op(x.double().numpy()), random_state=seed)
+    return make_objective(flow, op, GaussianNoise(SIGMA), drop_entries(y, seed), space)
+
+
+def start_of(objective):
+    """The variable at the mode of the latent space."""
+    z = objective.y.new_zeros(len(objective), objective.n_features)
+    return objective.in_space("latent").image(z) if objective.space == "image" else z
+
+
+def lipschitz(objective, prior, op, lam):
+    """Largest eigenvalue of the Hessian, for a method that needs it."""
+    matrix = op.bind((6,)).forward(torch.eye(6, dtype=torch.float64)).numpy().T
+    hessian = matrix.T @ matrix / SIGMA**2
+    precision = np.linalg.inv(prior.covariance_)
+    if objective.space == "latent":
+        factor = np.linalg.cholesky(prior.covariance_)
+        hessian, precision = factor.T @ hessian @ factor, np.eye(6)
+    return float(np.linalg.eigvalsh(hessian + lam * precision)[-1])
+
+
+def gradients_outside(objective, solution):
+    """Both terms' gradients by autograd, from the definition: nothing of the objective's code."""
+    u = solution.u.clone().requires_grad_()
+    flow = objective.flow
+    x = flow.inverse(u).flatten(1) if objective.space == "latent" else u
+    residual = torch.where(objective.observed, objective.op.forward(x) - objective.y, 0.0)
+    data = residual.square().sum(1) / (2 * SIGMA**2)
+    (g_data,) = torch.autograd.grad(data.sum(), u, retain_graph=True)
+    (g_prior,) = torch.autograd.grad(-flow.log_prob(x).sum(), u)
+    return g_data, g_prior
+
+
+def spy_on(objective):
+    """Record which rows each evaluation is for."""
+    calls, inner = [], objective.evaluate
+
+    def evaluate(u, rows=None):
+        calls.append(list(range(len(objective))) if rows is None else rows.tolist())
+        return inner(u, rows)
+
+    objective.evaluate = evaluate
+    return calls
+
+
+# ---------------------------------------------------------------------------------- closed form
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("name", [*METHODS, "gd, 1/L"])
+def test_every_method_reaches_the_closed_form(name, operator, space):
+    objective, prior, op, y = gaussian_problem(operator, space)
+    lam = 0.7
+    if name == "gd, 1/L":
+        method = GradientDescent(lipschitz=lipschitz(objective, prior, op, lam))
+    else:
+        method = METHODS[name]()
+    solution = minimize(
+        objective, start_of(objective), rows_of(lam, 6), method, max_evals=1500, tol=1e-6
+    )
+    assert (solution.status == CONVERGED).all()
+    expected = prior.map_estimate(y, op, GaussianNoise(SIGMA), lam=lam)
+    np.testing.assert_allclose(solution.evaluation.x, expected, atol=2e-5)
+    np.testing.assert_allclose(objective.image(solution.u), solution.evaluation.x, atol=1e-12)
+    assert (objective.n_evals < 1500).all()
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_row_has_its_own_lambda(name, space):
+    n = 7
+    objective, prior, op, y = gaussian_problem("inpainting", space, n=n)
+    lam = torch.tensor([0.05, 0.1, 0.5, 1.0, 3.0, 10.0, 100.0]).double()
+    solution = minimize(
+        objective, start_of(objective), lam, METHODS[name](), max_evals=2000, tol=1e-7
+    )
+    assert (solution.status == CONVERGED).all()
+    assert torch.equal(solution.lam, lam)
+    for i in range(n):
+        expected = prior.map_estimate(y[i : i + 1], op, GaussianNoise(SIGMA), lam=float(lam[i]))
+        np.testing.assert_allclose(solution.evaluation.x[i], expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule(), GeometricSchedule(share=0.6)])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("operator", ["denoising", "compressed"])
+def test_continuation_reaches_the_closed_form(operator, name, space, schedule):
+    objective, prior, op, y = gaussian_problem(operator, space)
+    x0, _ = mle_start(objective, max_evals=300)
+    solution = continuation(
+        objective,
+        objective.variable(x0),
+        0.7,
+        METHODS[name](),
+        schedule,
+        max_evals=1200,
+        tol=1e-6,
+    )
+    expected = prior.map_estimate(y, op, GaussianNoise(SIGMA), lam=0.7)
+    np.testing.assert_allclose(solution.evaluation.x, expected, atol=1e-3)
+    converged = solution.status == CONVERGED
+    np.testing.assert_allclose(solution.evaluation.x[converged], expected[converged], atol=2e-5)
+    assert converged.all() if name == "lbfgs" else converged.any()
+
+
+# ---------------------------------------------------------------------------------- status
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("architecture", [RealNVP, Glow])
+def test_converged_means_stationary_and_budget_means_spent(architecture, name, space):
+    n, tol = 8, 5e-2
+    objective = flow_problem(architecture, space, n, smooth=True)
+    lam = torch.logspace(-1, 1, n, dtype=torch.float64)
+    max_evals = torch.tensor([300, 12]).repeat(n // 2)
+    solution = minimize(
+        objective, start_of(objective), lam, METHODS[name](), max_evals=max_evals, tol=tol
+    )
+    g_data, g_prior = gradients_outside(objective, solution)
+    relative = (g_data + lam[:, None] * g_prior).norm(dim=1) / (
+        g_data.norm(dim=1) + lam * g_prior.norm(dim=1)
+    )
+    converged, budget = solution.status == CONVERGED, solution.status == BUDGET
+    assert (converged | budget).all() and converged.any() and budget.any()
+    assert (relative[converged] <= tol * (1 + 1e-6)).all()
+    assert (relative[budget] > tol).all()
+    assert (objective.n_evals[budget] == max_evals[budget]).all()
+    assert (objective.n_evals <= max_evals).all()
+
+
+class Kinked(NoiseModel):
+    """Laplacian noise: the negative log-likelihood has its minimum in a kink."""
+
+    def max_curvature(self):
+        return np.inf
+
+    def _penalty(self, residual):
+        return residual.abs()
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "gd"])
+def test_stalled_means_that_no_step_makes_progress(name):
+    # |y - x| + x^2 / 2 for a standard normal: the minimum is y where |y| < 1, a kink; else 1.
+    y = torch.tensor([[0.5], [-0.25], [3.0], [-7.0]]).double()
+    objective = make_objective(Cliff(1, 1e9), Denoising(), Kinked(), y)
+    start = torch.full((4, 1), 0.1, dtype=torch.float64)
+    solution = minimize(objective, start, rows_of(1, 4), METHODS[name](), max_evals=4000, tol=1e-6)
+    assert solution.status.tolist() == [STALLED, STALLED, CONVERGED, CONVERGED]
+    assert (objective.n_evals < 4000).all()
+    expected = torch.tensor([[0.5], [-0.25], [1.0], [-1.0]]).double()
+    torch.testing.assert_close(solution.u, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_start_that_overflows_is_diverged_at_once(name):
+    y = torch.tensor([[0.3, 0.6, -0.9], [0.3, 0.3, 0.3], [1.2, 0.0, 0.9]]).double()
+    objective = make_objective(Cliff(3, 5.0), Denoising(), None, y)
+    u = torch.tensor([[1.0, 2, 3], [9, 9, 9], [0, 1, 0]]).double()
+    solution = minimize(objective, u, rows_of(1, 3), METHODS[name](), max_evals=400, tol=1e-5)
+    assert solution.status.tolist() == [CONVERGED, DIVERGED, CONVERGED]
+    assert objective.n_evals[1] == 1
+    assert torch.equal(solution.u[1], u[1])
+    torch.testing.assert_close(solution.u[[0, 2]], y[[0, 2]] / 1.5, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_that_keeps_overflowing_is_given_up_where_it_was(name):
+    # Finite at the origin only: every step fails, however small.
+    objective = make_objective(Cliff(3, 0.0), Denoising(), None, torch.ones(2, 3).double())
+    u = torch.zeros(2, 3).double()
+    solution = minimize(objective, u, rows_of(1, 2), METHODS[name](), max_evals=400, max_failures=8)
+    assert solution.status.tolist() == [DIVERGED, DIVERGED]
+    assert objective.n_evals.tolist() == [10, 10], "the start, and nine failures"
+    assert torch.equal(solution.u, u)
+    assert solution.evaluation.finite().all()
+
+
+# ---------------------------------------------------------------------------------- rolling back
+
+
+def cliff_problem(radius):
+    """Rows 0, 1 step over the edge on their way, rows 2, 3 never come near it.
+
+    The minimum for a standard normal prior, squared error and lambda 1 is at 2/3 of y.
+    """
+    directions = torch.tensor([[3.0, 4, 0], [0, -4, 3], [1, 1, 1], [1, -1, 1]]).double()
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    minimum = torch.tensor([0.95, 0.93, 0.3, 0.2]).double()[:, None] * directions
+    start = torch.tensor([0.0, 0.1, -0.8, -0.7]).double()[:, None] * directions
+    # In latent space, where steps are measured in units of 1.
+    objective = make_objective(Cliff(3, radius), Denoising(), None, 1.5 * minimum, "latent")
+    return objective, start, minimum
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LBFGS(first_step=1.5 / 3**0.5),
+        Adam(learning_rate=0.1),
+        GradientDescent(),
+    ],
+    ids=["lbfgs", "adam", "gd"],
+)
+def test_overflow_is_rolled_back_and_leaves_the_neighbours_alone(method):
+    outcome = {}
+    if isinstance(method, GradientDescent):
+        # A first step of length 1.5 whatever the gradient.
+        method.start = lambda objective, u, evaluation, lam: dict(
+            step=1.5 / evaluation.gradient(lam).norm(dim=1)
+        )
+    for radius in (1.0, 1e9):
+        objective, start, minimum = cliff_problem(radius)
+        non_finite = []
+        inner = objective.evaluate
+
+        def evaluate(u, rows=None, inner=inner, non_finite=non_finite):
+            result = inner(u, rows)
+            non_finite.extend(rows[~result.finite()].tolist() if rows is not None else [])
+            return result
+
+        objective.evaluate = evaluate
+        tol = 1e-2 if isinstance(method, Adam) else 1e-6
+        solution = minimize(objective, start, rows_of(1, 4), method, max_evals=300, tol=tol)
+        assert (solution.status == CONVERGED).all()
+        torch.testing.assert_close(solution.u, minimum, atol=2 * tol, rtol=0)
+        outcome[radius] = solution, objective.n_evals, set(non_finite)
+    assert outcome[1.0][2] == {0, 1} and outcome[1e9][2] == set()
+    steep, flat = outcome[1.0][0], outcome[1e9][0]
+    assert torch.equal(outcome[1.0][1][2:], outcome[1e9][1][2:])
+    tolerance = 1e-12 if isinstance(method, Adam) else 0.0  # its cosine may round by position
+    torch.testing.assert_close(steep.u[2:], flat.u[2:], atol=tolerance, rtol=0)
+
+
+# ---------------------------------------------------------------------------------- independence
+
+
+def bitwise_here(objective, sizes):
+    """Whether this processor's kernels give a row the same bits in batches of these sizes."""
+    u = torch.randn(len(objective), objective.n_features, dtype=objective.y.dtype)
+    whole = objective.evaluate(u)
+    objective.n_evals.zero_()
+    for size in sizes:
+        for rows in torch.arange(len(objective)).split(size):
+            part = objective.evaluate(u[rows], rows)
+            if any(not torch.equal(v, getattr(whole, k)[rows]) for k, v in vars(part).items()):
+                return False
+        objective.n_evals.zero_()
+    return True
+
+
+def subset(objective, rows):
+    y = torch.where(objective.observed[rows], objective.y[rows], torch.nan)
+    return make_objective(
+        objective.flow, objective.op, objective.noise, y, objective.space, objective.penalty
+    )
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_do_not_depend_on_the_batch(name, space):
+    """On a problem with one minimum, to the tolerance; batches of 1, 7 and 64 rows."""
+    objective, prior, op, y = gaussian_problem("compressed", space, n=64)
+    lam = torch.logspace(-1, 1, 64, dtype=torch.float64)
+    options = dict(max_evals=200, tol=1e-4)
+    together = minimize(objective, start_of(objective), lam, METHODS[name](), **options)
+    x, status = together.evaluation.x, together.status
+    for rows in ([5], list(range(10, 17))):
+        part = subset(objective, rows)
+        alone = minimize(part, start_of(part), lam[rows], METHODS[name](), **options)
+        torch.testing.assert_close(alone.evaluation.x, x[rows], atol=1e-9, rtol=0)
+        assert torch.equal(alone.status, status[rows])
+        assert torch.equal(part.n_evals, objective.n_evals[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_are_the_same_bits_in_every_batch(name, space, dtype):
+    """Where the flow's kernels allow it: the solvers then add nothing of their own.
+
+    Each row stops in its own time, so that rows leave the batch and others move up.
+    """
+    n = 21
+    objective = flow_problem(Glow, space, n, operator="inpainting", dtype=dtype)
+    if not bitwise_here(objective, (1, 5, n)):
+        pytest.skip("this processor's kernels round differently in batches of different sizes")
+    lam = torch.logspace(-1, 1, n, dtype=dtype)
+    max_evals = 5 + torch.arange(n) * 8 % 17
+    calls = spy_on(objective)
+    together = minimize(
+        objective, start_of(objective), lam, METHODS[name](), max_evals=max_evals, tol=1e-3
+    )
+    sizes = [len(call) for call in calls]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 5, "rows leave the batch"
+    for rows in ([4], [0, 20, 7, 3, 11]):
+        part = subset(objective, rows)
+        alone = minimize(
+            part, start_of(part), lam[rows], METHODS[name](), max_evals=max_evals[rows], tol=1e-3
+        )
+        for key, value in vars(alone.evaluation).items():
+            assert torch.equal(value, getattr(together.evaluation, key)[rows]), key
+        assert torch.equal(alone.status, together.status[rows])
+        assert torch.equal(part.n_evals, objective.n_evals[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", METHODS)
+def test_poisoned_neighbours(name, dtype):
+    """A row of 1e30, a constant one, one with a single measurement: the others stay as they are."""
+    n, poisoned = 20, [3, 8, 15]
+    others = [i for i in range(n) if i not in poisoned]
+
+    def solve(poison):
+        objective = flow_problem(Glow, "image", n, operator="inpainting", dtype=dtype)
+        exact = bitwise_here(objective, (5, 8, n - 1, n))
+        if poison:
+            objective.y[3] = 1e30
+            objective.y[8] = 0.25
+            objective.observed[15, 1:] = False
+        x0, _ = mle_start(objective, max_evals=10)
+        solution = continuation(
+            objective, x0, 1.0, METHODS[name](), LinearSchedule(n_stages=4), max_evals=40, tol=1e-3
+        )
+        return exact, solution, objective.n_evals
+
+    exact, clean, clean_evals = solve(False)
+    _, spoilt, spoilt_evals = solve(True)
+    x, z = clean.evaluation.x[others], spoilt.evaluation.x[others]
+    assert x.isfinite().all()
+    assert not torch.allclose(clean.evaluation.x[poisoned], spoilt.evaluation.x[poisoned])
+    if exact:
+        assert torch.equal(x, z)
+        assert torch.equal(clean_evals[others], spoilt_evals[others])
+    else:
+        torch.testing.assert_close(x, z, rtol=0, atol=1e-6 if dtype == torch.float64 else 1e-2)
+
+
+# ---------------------------------------------------------------------------------- best iterate
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("method", [Adam(learning_rate=0.7), LBFGS(), GradientDescent()])
+def test_a_row_that_ran_out_of_budget_returns_the_best_it_saw(method, space):
+    n = 10
+    objective = flow_problem(RealNVP, space, n)
+    lam = torch.logspace(-1, 0.5, n, dtype=torch.float64)
+    start = start_of(objective)
+    seen = [[] for _ in range(n)]
+    inner = objective.evaluate
+
+    def evaluate(u, rows=None):
+        result = inner(u, rows)
+        index = torch.arange(n) if rows is None else rows
+        for i, value in zip(index.tolist(), result.value(lam[index]).tolist(), strict=True):
+            seen[i].append(value)
+        return result
+
+    objective.evaluate = evaluate
+    history = []
+    solution = minimize(objective, start, lam, method, max_evals=12, tol=1e-9, history=history)
+    assert (solution.status == BUDGET).all()
+    best = torch.tensor([min(values) for values in seen], dtype=torch.float64)
+    assert torch.equal(solution.evaluation.value(lam), best)
+    # It is the objective at the point that is returned.
+    torch.testing.assert_close(inner(solution.u).value(lam), best)
+    taken = torch.stack([value for _, _, value in history])
+    assert (best <= taken.min(dim=0).values).all()
+    if isinstance(method, Adam):
+        assert (taken[-1] > best).any(), "the last iterate is meant not to be the best"
+    else:
+        assert (taken.diff(dim=0) <= 1e-9).all(), "these methods only go downhill"
+
+
+def test_history_has_an_entry_per_evaluation_after_the_start():
+    objective = flow_problem(n=5)
+    lam = torch.logspace(-2, 1, 5, dtype=torch.float64)
+    history = []
+    minimize(objective, start_of(objective), lam, LBFGS(), max_evals=40, tol=1e-2, history=history)
+    counts = torch.ones(5, dtype=torch.long)
+    for rows, lam_now, value in history:
+        assert torch.equal(lam_now, lam[rows]) and value.shape == rows.shape
+        counts[rows] += 1
+    assert torch.equal(counts, objective.n_evals)
+    assert len(set(counts.tolist())) > 1
+
+
+# ---------------------------------------------------------------------------------- counting
+
+
+@pytest.mark.parametrize("max_evals", [4, 5, 8, 13, 31, 90])
+@pytest.mark.parametrize("schedule", [LinearSchedule(), GeometricSchedule()])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_budget_holds_everything_that_was_evaluated(name, schedule, max_evals):
+    objective = flow_problem(space="image", n=9)
+    calls = spy_on(objective)
+    x0, _ = mle_start(objective, max_evals=max(1, max_evals // 3))
+    fallback = start_of(objective)
+    continuation(
+        objective, x0, 2.0, METHODS[name](), schedule, max_evals=max_evals, fallback=fallback
+    )
+    counts = np.bincount(np.concatenate(calls), minlength=9)
+    assert objective.n_evals.tolist() == counts.tolist()
+    assert max(counts) <= max_evals
+    if isinstance(schedule, LinearSchedule):
+        assert max(counts) == max_evals
+
+
+def test_what_was_spent_before_counts():
+    objective = flow_problem(n=4)
+    objective.n_evals += torch.tensor([0, 5, 29, 40])
+    solution = minimize(
+        objective, start_of(objective), rows_of(1, 4), Adam(), max_evals=30, tol=0.0
+    )
+    # The start is always evaluated.
+    assert objective.n_evals.tolist() == [30, 30, 30, 41]
+    assert (solution.status == BUDGET).all()
+
+
+def test_a_budget_for_each_row():
+    objective = flow_problem(n=3)
+    limits = torch.tensor([3, 10, 1])
+    minimize(objective, start_of(objective), rows_of(1, 3), LBFGS(), max_evals=limits, tol=0.0)
+    assert objective.n_evals.tolist() == limits.tolist()
+
+
+# ---------------------------------------------------------------------------------- methods
+
+
+def test_adam_is_that_of_torch():
+    objective = flow_problem(RealNVP, "latent", n=5)
+    lam = torch.logspace(-1, 1, 5, dtype=torch.float64)
+    u = start_of(objective)
+    method = Adam(learning_rate=0.05, betas=(0.8, 0.95), final_rate=1.0)
+    history = []
+    minimize(objective, u, lam, method, max_evals=60, tol=0.0, history=history)
+
+    tiny = torch.finfo(torch.float64).tiny ** 0.5
+    parameter = torch.nn.Parameter(u.clone())
+    optimizer = torch.optim.Adam([parameter], lr=0.05, betas=(0.8, 0.95), eps=tiny)
+    for _, _, value in history:
+        parameter.grad = objective.evaluate(parameter.detach()).gradient(lam)
+        optimizer.step()
+        expected = objective.evaluate(parameter.detach()).value(lam)
+        torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_adams_rate_falls_along_half_a_cosine():
+    method = Adam(learning_rate=0.3, final_rate=0.1)
+    objective = flow_problem(RealNVP, "latent", n=3)
+    u = start_of(objective)
+    lam = rows_of(1, 3)
+    evaluation = objective.evaluate(u)
+    steps = []
+    for progress in (0.0, 0.5, 1.0):
+        memory = method.start(objective, u, evaluation, lam)
+        trial = method.propose(memory, u, evaluation, lam, rows_of(progress, 3))
+        steps.append((trial - u).abs())
+    # Adam's first step has the length of the rate in every entry.
+    for step, rate in zip(steps, (0.3, 0.3 * 0.55, 0.03), strict=True):
+        torch.testing.assert_close(step, torch.full_like(step, rate))
+
+
+@pytest.mark.parametrize("space, scale", [("latent", 1.0), ("image", None)])
+def test_steps_are_measured_in_units_of_the_variable(space, scale):
+    objective = flow_problem(RealNVP, space, n=2)
+    scale = objective.flow.data_scale() if scale is None else scale
+    u, lam = start_of(objective), rows_of(1, 2)
+    evaluation = objective.evaluate(u)
+    memory = Adam(learning_rate=0.1).start(objective, u, evaluation, lam)
+    torch.testing.assert_close(memory["rate"], rows_of(0.1 * scale, 2))
+    for method in (LBFGS(), GradientDescent()):
+        memory = method.start(objective, u, evaluation, lam)
+        step = method.propose(memory, u, evaluation, lam, rows_of(0, 2)) - u
+        expected = rows_of(0.05 * scale * 6**0.5, 2)
+        torch.testing.assert_close(step.norm(dim=1), expected)
+        # Both begin along the negative gradient.
+        cosine = torch.cosine_similarity(step, -evaluation.gradient(lam))
+        torch.testing.assert_close(cosine, torch.ones(2).double())
+
+
+def test_descent_with_a_given_lipschitz_constant_takes_those_steps():
+    objective = flow_problem(RealNVP, "latent", n=4)
+    lam, u = rows_of(0.5, 4), start_of(objective)
+    history = []
+    method = GradientDescent(lipschitz=40.0)
+    minimize(objective, u, lam, method, max_evals=20, tol=0.0, history=history)
+    assert len(history) == 19
+    for _, _, value in history:
+        u = u - objective.evaluate(u).gradient(lam) / 40.0
+        torch.testing.assert_close(value, objective.evaluate(u).value(lam))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_lbfgs_finds_what_scipy_finds(seed):
+    n = 6
+    objective = flow_problem(RealNVP, "latent", n, smooth=True)
+    lam = torch.logspace(-1, 0.5, n, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    start = 0.5 * torch.randn(n, 6, dtype=torch.float64, generator=generator)
+    solution = minimize(objective, start, lam, LBFGS(), max_evals=400, tol=1e-7)
+    assert (solution.status == CONVERGED).all()
+    evals = objective.n_evals.clone()
+    for i in range(n):
+        row = torch.tensor([i])
+
+        def value_and_gradient(u, row=row):
+            evaluation = objective.evaluate(torch.tensor(u)[None], row)
+            value = evaluation.value(lam[row]).item()
+            return value, evaluation.gradient(lam[row])[0].numpy()
+
+        reference = scipy_minimize(
+            value_and_gradient,
+            start[i].numpy(),
+            jac=True,
+            method="L-BFGS-B",
+            options=dict(maxiter=1000, ftol=1e-15, gtol=1e-9),
+        )
+        value = solution.evaluation.value(lam)[i].item()
+        assert value == pytest.approx(reference.fun, abs=1e-6)
+        # And at a cost that is not of another order.
+        assert evals[i] < 3 * reference.nfev + 20
+
+
+def dense_bfgs_direction(pairs, gamma, gradient):
+    """-H g with the BFGS inverse Hessian as a matrix (Nocedal & Wright, eq. 6.17)."""
+    d = len(gradient)
+    H = gamma * np.eye(d)
+    for s, y in pairs:
+        rho = 1 / (s @ y)
+        V = np.eye(d) - rho * np.outer(y, s)
+        H = V.T @ H @ V + rho * np.outer(s, s)
+    return -H @ gradient
+
+
+def test_lbfgs_keeps_its_curvature_when_lambda_changes():
+    """The direction after the change is that of BFGS with the pairs of the new objective."""
+    n, pairs_kept = 3, 4
+    objective, prior, op, y = gaussian_problem("denoising", n=n, missing=False)
+    method = LBFGS(memory=pairs_kept)
+    first = minimize(objective, start_of(objective), rows_of(0.2, n), method, max_evals=9, tol=0.0)
+    memory, u, evaluation = first.memory, first.u, first.evaluation
+    assert (memory["count"] >= pairs_kept).all()
+    before = memory["count"].clone()
+    lam = rows_of(5.0, n)
+    method.retarget(memory, u, evaluation, lam, torch.ones(n, dtype=torch.bool))
+    assert torch.equal(memory["count"], before)
+    precision = np.linalg.inv(prior.covariance_)
+    for i in range(n):
+        order = [(int(memory["count"][i]) - pairs_kept + k) % pairs_kept for k in range(4)]
+        s = memory["s"][i, order].numpy()
+        # The two Hessians are known: the pairs at the new lambda are exact.
+        np.testing.assert_allclose(memory["y_data"][i, order], s / SIGMA**2, atol=1e-9)
+        np.testing.assert_allclose(memory["y_prior"][i, order], s @ precision, atol=1e-9)
+        y_new = (memory["y_data"] + 5.0 * memory["y_prior"])[i, order].numpy()
+        pairs = list(zip(s, y_new, strict=True))
+        s_last, y_last = pairs[-1]
+        gradient = evaluation.gradient(lam)[i].numpy()
+        expected = dense_bfgs_direction(pairs, s_last @ y_last / (y_last @ y_last), gradient)
+        np.testing.assert_allclose(memory["direction"][i], expected, rtol=1e-8, atol=1e-10)
+        assert memory["slope"][i].item() == pytest.approx(expected @ gradient)
+
+
+def test_lbfgs_is_warm_at_the_next_lambda():
+    objective = flow_problem(Glow, "latent", n=6, smooth=True)
+    first = minimize(
+        objective, start_of(objective), rows_of(1.0, 6), LBFGS(), max_evals=300, tol=1e-4
+    )
+    evals = []
+    for memory in (None, {k: v.clone() for k, v in first.memory.items()}):
+        objective.n_evals.zero_()
+        solution = minimize(
+            objective,
+            first.u,
+            rows_of(1.3, 6),
+            LBFGS(),
+            max_evals=300,
+            tol=1e-4,
+            memory=memory,
+            evaluation=first.evaluation,
+        )
+        assert (solution.status == CONVERGED).all()
+        evals.append(objective.n_evals.sum().item())
+    cold, warm = evals
+    assert warm < cold
+
+
+def test_methods_are_estimators_with_a_contract():
+    method = clone(LBFGS(memory=3, first_step=0.2))
+    assert method.get_params() == dict(memory=3, first_step=0.2)
+    assert repr(Adam(learning_rate=0.5)) == "Adam(learning_rate=0.5)"
+    for call in (
+        lambda m: m.start(None, None, None, None),
+        lambda m: m.propose(None, None, None, None, None),
+        lambda m: m.update(None, None, None, None, None, None, None),
+    ):
+        with pytest.raises(TypeError, match="Method does not implement"):
+            call(Method())
+
+
+def test_a_method_of_ones_own():
+    """The loop asks for three functions: here Newton's method for a quadratic."""
+
+    class Newton(Method):
+        def __init__(self, inverse_hessian):
+            self.inverse_hessian = inverse_hessian
+
+        def start(self, objective, u, evaluation, lam):
+            return {}
+
+        def propose(self, memory, u, evaluation, lam, progress):
+            return u - evaluation.gradient(lam) @ self.inverse_hessian
+
+        def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
+            return ok
+
+    objective, prior, op, y = gaussian_problem("denoising", missing=False)
+    hessian = np.eye(6) / SIGMA**2 + 0.7 * np.linalg.inv(prior.covariance_)
+    method = Newton(torch.tensor(np.linalg.inv(hessian)))
+    solution = minimize(objective, start_of(objective), rows_of(0.7, 6), method, max_evals=9)
+    assert (solution.status == CONVERGED).all()
+    assert objective.n_evals.tolist() == [2] * 6
+    expected = prior.map_estimate(y, op, GaussianNoise(SIGMA), lam=0.7)
+    np.testing.assert_allclose(solution.evaluation.x, expected, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------- schedules
+
+
+def lambdas_of_rows(history, n):
+    lams = [[] for _ in range(n)]
+    for rows, lam, _ in history:
+        for i, value in zip(rows.tolist(), lam.tolist(), strict=True):
+            lams[i].append(value)
+    return lams
+
+
+@pytest.mark.parametrize("max_evals", [4, 6, 10, 25, 150])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("schedule", [LinearSchedule(), GeometricSchedule()])
+def test_lambda_rises_to_the_target_and_ends_there(schedule, name, max_evals):
+    n, target = 5, 1.7
+    objective = flow_problem(RealNVP, "image", n)
+    x0, _ = mle_start(objective, max_evals=max(1, max_evals // 3))
+    history = []
+    solution = continuation(
+        objective,
+        x0,
+        target,
+        METHODS[name](),
+        schedule,
+        max_evals=max_evals,
+        tol=1e-12,
+        history=history,
+    )
+    assert (solution.lam == target).all()
+    for lams in lambdas_of_rows(history, n):
+        assert all(a <= b for a, b in pairwise(lams))
+        assert lams and lams[-1] == target, "every row gets to the target, bit by bit"
+        if max_evals >= 60:
+            assert len(set(lams)) > 5 and lams[0] < 0.2 * target
+    value = solution.evaluation.value(rows_of(target, n))
+    torch.testing.assert_close(value, solution.evaluation.data + target * solution.evaluation.prior)
+
+
+def test_linear_schedule_by_its_formula():
+    objective = flow_problem(n=2)
+    lams, per_stage = LinearSchedule(n_stages=20, share=0.5).stages(objective, 3.0, 300)
+    np.testing.assert_allclose(lams, 3.0 * np.arange(1, 20) / 20)
+    assert per_stage == 5  # half of what the start leaves, 200, in 20 stages
+    # Fewer evaluations than stages: larger steps.
+    lams, per_stage = LinearSchedule(n_stages=20, share=0.5).stages(objective, 3.0, 15)
+    np.testing.assert_allclose(lams, 3.0 * np.arange(1, 5) / 5)
+    assert per_stage == 1
+
+
+def test_geometric_trunk_does_not_depend_on_the_target():
+    objective = flow_problem(n=2)
+    schedule = GeometricSchedule(n_stages=5, span=100.0)
+    anchor = objective.flow.data_scale() ** 2 / SIGMA**2
+    trunk = [anchor / 100, anchor / 100**0.75, anchor / 10, anchor / 100**0.25, anchor]
+    np.testing.assert_allclose(schedule.trunk(objective), trunk)
+    for target in (anchor / 1000, anchor / 20, 0.9 * anchor, 10 * anchor):
+        lams, _ = schedule.stages(objective, target, 300)
+        np.testing.assert_allclose(lams, [lam for lam in trunk if lam < target])
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_path_is_its_single_solves(name, space):
+    targets = [0.03, 0.2, 0.25, 1.0, 8.0]
+
+    def begin():
+        objective = flow_problem(RealNVP, space, n=5)
+        x0, _ = mle_start(objective, max_evals=15)
+        return objective, objective.variable(x0), start_of(objective)
+
+    options = dict(max_evals=60, tol=1e-3)
+    objective, u, fallback = begin()
+    path = continuation_path(
+        objective, u, targets, METHODS[name](), GeometricSchedule(), fallback=fallback, **options
+    )
+    for target, (solution, n_evals, trunk_evals) in zip(targets, path, strict=True):
+        single, u, fallback = begin()
+        alone = continuation(
+            single, u, target, METHODS[name](), GeometricSchedule(), fallback=fallback, **options
+        )
+        assert torch.equal(solution.u, alone.u)
+        assert torch.equal(solution.status, alone.status)
+        assert torch.equal(n_evals, single.n_evals)
+        assert (trunk_evals <= n_evals).all() and (n_evals <= 60).all()
+
+
+def test_rows_that_lose_their_way_go_on_from_the_fallback():
+    # Beyond the cliff nothing is finite; row 1 starts there, row 2 far from its minimum.
+    y = torch.tensor([[0.6, 0.0], [0.3, 0.3], [0.0, 0.9]]).double()
+    u = torch.tensor([[0.5, 0.0], [7.0, 7.0], [-4.0, -2.0]]).double()
+    schedule = LinearSchedule(n_stages=2)
+
+    def solve(fallback):
+        objective = make_objective(Cliff(2, 5.0), Denoising(), None, y)
+        method = GradientDescent(lipschitz=1e4)  # too short to get anywhere by itself
+        options = dict(max_evals=30, tol=1e-3, fallback=fallback)
+        return continuation(objective, u, 1.0, method, schedule, **options), objective.n_evals
+
+    without, _ = solve(None)
+    assert without.status.tolist() == [BUDGET, DIVERGED, BUDGET]
+    with_it, n_evals = solve(torch.zeros(3, 2).double())
+    assert (with_it.status == BUDGET).all() and (n_evals == 30).all()
+    torch.testing.assert_close(with_it.u[0], without.u[0], atol=1e-2, rtol=0)
+    assert (with_it.u[1:].norm(dim=1) < 0.1).all(), "from the origin, a little"
+
+
+# ---------------------------------------------------------------------------------- MLE start
+
+
+def null_projector(objective, i):
+    """Orthogonal projector on the null space of the observed measurements of one row, dense."""
+    d = objective.n_features
+    matrix = objective.op.forward(torch.eye(d, dtype=torch.float64)).numpy().T
+    seen = matrix[objective.observed[i].numpy()]
+    return np.eye(d) - np.linalg.pinv(seen) @ seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("operator", ["inpainting", "compressed"])
+@pytest.mark.parametrize("architecture", [RealNVP, Glow])
+def test_the_start_is_feasible_and_stationary(architecture, operator, dtype):
+    n, tol = 6, 2e-2
+    objective = flow_problem(architecture, "image", n, operator, dtype=dtype, smooth=True)
+    x, converged = mle_start(objective, max_evals=200, tol=tol)
+    assert x.dtype == dtype
+    residual = torch.where(objective.observed, objective.op.forward(x) - objective.y, 0.0)
+    eps = torch.finfo(dtype).eps
+    assert residual.abs().max() < 50 * eps * (1 + x.abs().max())
+    assert converged.sum() >= n // 2
+    if dtype == torch.float32:
+        return
+    v = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective.flow.log_prob(v).sum(), v)
+    for i in converged.nonzero().flatten().tolist():
+        g = gradient[i].numpy()
+        along = null_projector(objective, i) @ g
+        across = g - along
+        assert np.linalg.norm(along) <= 1.001 * tol * (np.linalg.norm(across) + np.linalg.norm(g))
+    assert (gradient.norm(dim=1) > 1e-3).all(), "the constraint is meant to bind"
+
+
+@pytest.mark.parametrize("method", [None, LBFGS()])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_start_is_the_closed_form_at_lambda_zero(operator, method):
+    objective, prior, op, y = gaussian_problem(operator)
+    x, converged = mle_start(objective, max_evals=2000, tol=1e-7, method=method)
+    assert converged.all()
+    expected = prior.map_estimate(y, op, GaussianNoise(SIGMA), lam=0.0)
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+
+
+def test_denoising_starts_at_the_measurement_for_one_evaluation():
+    objective, _, _, y = gaussian_problem("denoising", missing=False)
+    x, converged = mle_start(objective, max_evals=100)
+    np.testing.assert_array_equal(x, y)
+    assert objective.n_evals.tolist() == [1] * 6
+    assert converged.all()
+
+
+def test_measured_pixels_are_kept_and_missing_ones_filled():
+    objective = flow_problem(Glow, "image", 4, "denoising")
+    x, _ = mle_start(objective, max_evals=50)
+    assert not objective.observed.all()
+    assert torch.equal(x[objective.observed], objective.y[objective.observed])
+    # The others are not left at zero, nor at the projection's start.
+    mode = start_of(objective)
+    assert ((x - mode)[~objective.observed].abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("operator", ["inpainting", "compressed"])
+def test_the_best_feasible_iterate_is_kept(operator):
+    """With steps that are far too long the log-density falls below that of the first point."""
+
+    def start(max_evals, method=None):
+        objective = flow_problem(RealNVP, "image", 8, operator)
+        x, _ = mle_start(objective, max_evals=max_evals, tol=1e-9, method=method)
+        assert (objective.n_evals == max_evals).all()
+        return objective.flow.log_prob(x)
+
+    first = start(1)
+    wild = Adam(learning_rate=3.0, final_rate=1.0)
+    assert (start(2, wild) <= first + 5).all()
+    for max_evals in (2, 5, 20):
+        for method in (None, wild):
+            assert (start(max_evals, method) >= first - 1e-12).all()
+    assert (start(60) > first + 0.1).any()
+
+
+def test_the_start_counts_what_it_spends():
+    objective = flow_problem(n=5, space="latent")
+    calls = spy_on(objective.in_space("image"))
+    mle_start(objective, max_evals=17, tol=1e-12)
+    assert objective.n_evals.tolist() == [17] * 5
+    assert not calls  # the spy sits on another view; the counters are shared
+
+
+def test_an_overdetermined_or_contradictory_system_has_a_least_squares_start():
+    prior = gaussian_prior()
+    matrix = np.vstack((np.eye(6)[:2], np.eye(6)[:2]))  # two pixels, each measured twice
+    y = np.array([[1.0, 2.0, 3.0, 5.0]])
+    objective = make_objective(prior.flow_, matrix, None, y)
+    x, converged = mle_start(objective, max_evals=1000, tol=1e-7)
+    assert converged.all()
+    np.testing.assert_allclose(x[0, :2], [2.0, 3.5], atol=1e-9)
+    expected = prior.map_estimate([[2.0, 3.5]], np.eye(6)[:2], lam=0.0)
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+
+
+def test_all_rows_of_a_wide_mask_and_of_a_random_matrix_agree_with_their_own_missing_entries():
+    """Every row has its own pattern of missing entries; each is solved as if it were alone."""
+    prior = gaussian_prior()
+    rng = np.random.default_rng(4)
+    for op in (CompressedSensing(4, random_state=1), Inpainting(np.arange(6) != 2)):
+        m = op.bind((6,)).n_measurements_
+        y = drop_entries(rng.normal(size=(12, m)), seed=2, share=0.5)
+        objective = make_objective(prior.flow_, op, None, y)
+        x, _ = mle_start(objective, max_evals=2000, tol=1e-7)
+        expected = np.vstack([prior.map_estimate(row[None], op, lam=0.0) for row in y])
+        np.testing.assert_allclose(x, expected, atol=1e-5)
