@@ -12,7 +12,7 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 
-from skaipo import AIPORegressor, FixedLambdaMAP, FlowPrior, GaussianPrior
+from skaipo import AIPORegressor, AIPOTransformer, FixedLambdaMAP, FlowPrior, GaussianPrior
 from skaipo.flows import Glow
 from skaipo.metrics import (
     discrepancy_scorer,
@@ -332,3 +332,19 @@ def test_fitting_trains_an_unfitted_prior():
         assert model.predict(Y).shape == X.shape
         with pytest.raises(AttributeError):
             _ = prior.n_features_in_
+
+
+def test_transformer_trains_its_prior_on_whole_rows_and_says_so():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(40, 3)) @ rng.normal(size=(3, 3))
+    holes = X.copy()
+    holes[[2, 5, 5], [0, 1, 2]] = np.nan
+    model = AIPOTransformer(Inpainting(), 1e-3, prior=GaussianPrior(), max_evals=200)
+    with pytest.warns(UserWarning, match="2 of 40 rows have missing values and are left out"):
+        model.fit(holes, ["label"] * 40)
+    expected = GaussianPrior().fit(np.delete(X, [2, 5], axis=0))
+    np.testing.assert_allclose(model.prior_.covariance_, expected.covariance_)
+    filled = model.transform(holes)
+    seen = ~np.isnan(holes)
+    np.testing.assert_allclose(filled[seen], X[seen], atol=0.05)
+    assert np.isfinite(filled).all()

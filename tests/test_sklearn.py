@@ -45,7 +45,6 @@ READY = [
 
 WIDTH = "the given prior has 3 features, and the check's data another number"
 TARGET = "the check's target is one number per row, and the given prior has 3"
-WHOLE = "trains its prior on whole rows, and then fills in the NaN of others"
 UNFIT = "is fitted without fit: its flow or its moments are given"
 
 # By the width of X, in all that hold a given prior.
@@ -88,8 +87,7 @@ OF_TARGET = {
 def by_nature(estimator):
     """What cannot pass, with the reason. pytest's xfail_strict fails what is listed and passes."""
     if any(estimator is one for one in LEARNT):
-        is_transformer = isinstance(estimator, AIPOTransformer)
-        return {"check_estimators_nan_inf": WHOLE} if is_transformer else {}
+        return {}
     reasons = dict.fromkeys(OF_WIDTH, WIDTH)
     if hasattr(estimator, "predict"):
         reasons |= dict.fromkeys(OF_REGRESSORS_WIDTH, WIDTH)

@@ -1,10 +1,12 @@
 """The estimators: MAP reconstruction by continuation in lambda, or at a fixed lambda."""
 
+import warnings
+
 import numpy as np
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, RegressorMixin, TransformerMixin
 from sklearn.utils import check_random_state
 
-from skaipo._validation import to_tensor
+from skaipo._validation import check_batch, to_numpy, to_tensor
 from skaipo.estimators._base import Reconstructor, is_fitted, is_learnt
 from skaipo.objective import check_choice
 from skaipo.operators import as_operator
@@ -194,6 +196,7 @@ class AIPOTransformer(
     ``fit`` ignores its second argument, which in a pipeline holds labels. An unfitted prior is
     trained on the rows that ``fit`` gets, which must then be clean images (for operators whose
     measurements are images, such as inpainting: train on clean images, transform corrupted ones).
+    Rows with missing values are left out of that training, and a warning counts them.
     :class:`AIPORegressor` has the same parameters, and predicts.
 
     Parameters
@@ -254,12 +257,6 @@ class AIPOTransformer(
         self.random_state = random_state
         self.verbose = verbose
 
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        # An unfitted prior is trained on what fit gets, which has to be whole then.
-        tags.input_tags.allow_nan = self._is_ready()
-        return tags
-
     def _clean_data(self, X, y):
         # y holds labels here. What an unfitted prior learns from is X itself.
         if X is None or (self.prior is not None and is_fitted(self.prior)):
@@ -269,7 +266,16 @@ class AIPOTransformer(
                 f"{type(self).__name__} can train its prior only on images, and what "
                 f"{type(self.op).__name__} measures are none: pass a fitted prior."
             )
-        return X
+        x, _, shape = check_batch(X, estimator=self, reset=True, name="X", allow_nan=True)
+        whole = ~x.isnan().any(1)
+        if not whole.all():
+            warnings.warn(
+                f"{int((~whole).sum())} of {len(x)} rows have missing values and are left out when "
+                f"{type(self).__name__} trains its prior, which takes whole images.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return to_numpy(x[whole]).reshape(-1, *shape)
 
     @property
     def _n_features_out(self):
