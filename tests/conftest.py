@@ -1,20 +1,22 @@
-"""What every test starts from: fixed seeds and repeatable property tests."""
+"""What every test starts from: one thread, fixed seeds and repeatable property tests."""
 
 import os
-import random
 
-import hypothesis
-import numpy as np
-import pytest
-import torch
+# The problems here are tiny, and on a busy machine threads that wait for each other make the suite
+# ten times slower. Before torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import random  # noqa: E402
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # The same examples on every run: a red build is then red for everyone. To look for new ones,
 # HYPOTHESIS_PROFILE=default.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
