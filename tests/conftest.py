@@ -6,12 +6,12 @@ import os
 # ten times slower. Before torch is imported, and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import random  # noqa: E402
+import random
 
-import hypothesis  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import numpy as np
+import pytest
+import torch
 
 # The same examples on every run: a red build is then red for everyone. To look for new ones,
 # HYPOTHESIS_PROFILE=default.
