@@ -9,6 +9,7 @@ from sklearn.exceptions import NotFittedError
 from skaipo import AIPORegressor, AIPOTransformer, FixedLambdaMAP, FlowPrior, GaussianPrior
 from skaipo.noise import GaussianNoise
 from skaipo.operators import CompressedSensing, Denoising, Inpainting, MatrixOperator
+from skaipo.solvers import LBFGS, LinearSchedule
 
 D, M = 6, 4
 ESTIMATORS = [AIPORegressor, FixedLambdaMAP, AIPOTransformer]
@@ -88,6 +89,9 @@ def test_lam_of_another_type(build, lam):
         (dict(max_evals=0), r"max_evals must be an integer of at least 4, got 0"),
         (dict(max_evals=10.5), r"max_evals must be an integer"),
         (dict(batch_size=0), r"batch_size must be an integer of at least 1, got 0"),
+        (dict(batch_size=True), r"batch_size must be an integer of at least 1, got True"),
+        (dict(solver=LBFGS), r"solver must be one of 'adam', 'lbfgs', 'gd', got <class"),
+        (dict(tol=np.nan), r"tol must be a number >= 0, got nan"),
         (dict(tol=-1), r"tol must be a number >= 0, got -1"),
         (dict(op=None), r"needs a forward operator: pass op"),
         (dict(noise=GaussianNoise([1.0, 2.0])), r"2.*4|4.*2"),
@@ -124,8 +128,9 @@ def test_unknown_init():
 
 def test_unknown_schedule():
     model = AIPORegressor(CompressedSensing(M), prior=GaussianPrior(np.zeros(D), np.eye(D)))
-    with pytest.raises(ValueError, match="schedule must be one of 'linear', 'geometric'"):
-        model.set_params(schedule="exponential").predict(Y_GOOD)
+    for schedule in ("exponential", 3, None, LinearSchedule):
+        with pytest.raises(ValueError, match="schedule must be one of 'linear', 'geometric'"):
+            model.set_params(schedule=schedule).predict(Y_GOOD)
 
 
 def test_no_prior(build):
@@ -189,3 +194,5 @@ def test_score_with_images_of_another_size():
     model = AIPORegressor(Denoising(), prior=GaussianPrior(np.zeros(D), np.eye(D)), max_evals=10)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="clean images of 6 features"):
         model.score(np.ones((3, D)), np.ones((3, D - 1)))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="y holds 2 images for 3 meas"):
+        model.score(np.ones((3, D)), np.ones((2, D)))

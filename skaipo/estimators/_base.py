@@ -245,7 +245,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             check_lam(self.lam)
         for name, low in (("max_evals", 4), ("batch_size", 1)):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or value < low:
+            if not isinstance(value, numbers.Integral) or value is True or value < low:
                 raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}.")
         if not (isinstance(self.tol, numbers.Real) and self.tol >= 0):
             raise ValueError(f"tol must be a number >= 0, got {self.tol!r}.")

@@ -65,8 +65,10 @@ class Regressor(RegressorMixin, Reconstructor):
         score : float
         """
         predicted = np.asarray(self.predict(X), dtype=np.float64)
-        true = np.asarray(y, dtype=np.float64).reshape(len(predicted), -1)
-        predicted = predicted.reshape(len(predicted), -1)
+        true = np.asarray(y, dtype=np.float64)
+        if len(true) != len(predicted):
+            raise ValueError(f"y holds {len(true)} images for {len(predicted)} measurements.")
+        true, predicted = true.reshape(len(true), -1), predicted.reshape(len(true), -1)
         if true.shape != predicted.shape:
             raise ValueError(
                 f"y must hold clean images of {predicted.shape[1]} features, got {true.shape[1]}."
@@ -85,7 +87,7 @@ class Continuation:
         return "mle"
 
     def _schedule(self):
-        if not isinstance(self.schedule, str):
+        if hasattr(self.schedule, "stages") and not isinstance(self.schedule, type):
             return self.schedule
         return _SCHEDULES[check_choice("schedule", self.schedule, tuple(_SCHEDULES))]()
 
