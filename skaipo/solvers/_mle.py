@@ -66,7 +66,8 @@ def mle_start(objective, *, max_evals=500, tol=1e-3, method=None):
     tol : float, default=1e-3
         A row stops when its projected gradient is this small against the whole gradient.
     method : Method, default=None
-        Default: Adam with a constant learning rate of 0.05 standard deviations of the data.
+        Default: Adam with a learning rate of 0.05 standard deviations of the data, falling to a
+        tenth of it along half a cosine.
 
     Returns
     -------
