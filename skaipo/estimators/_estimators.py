@@ -81,7 +81,40 @@ class Regressor(RegressorMixin, Reconstructor):
 
 
 class Continuation:
-    """Start and schedule of AIPO."""
+    """Parameters, start and schedule of AIPO."""
+
+    def __init__(
+        self,
+        op=None,
+        lam=1.0,
+        *,
+        prior=None,
+        noise=None,
+        solver="adam",
+        space="image",
+        penalty="density",
+        schedule="linear",
+        max_evals=300,
+        tol=1e-4,
+        batch_size=64,
+        n_jobs=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.op = op
+        self.lam = lam
+        self.prior = prior
+        self.noise = noise
+        self.solver = solver
+        self.space = space
+        self.penalty = penalty
+        self.schedule = schedule
+        self.max_evals = max_evals
+        self.tol = tol
+        self.batch_size = batch_size
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
 
     def _starts(self, y, flow):
         return "mle"
@@ -156,39 +189,6 @@ class AIPORegressor(Continuation, Regressor):
     array([[1., 2.]])
     """
 
-    def __init__(
-        self,
-        op=None,
-        lam=1.0,
-        *,
-        prior=None,
-        noise=None,
-        solver="adam",
-        space="image",
-        penalty="density",
-        schedule="linear",
-        max_evals=300,
-        tol=1e-4,
-        batch_size=64,
-        n_jobs=None,
-        random_state=None,
-        verbose=0,
-    ):
-        self.op = op
-        self.lam = lam
-        self.prior = prior
-        self.noise = noise
-        self.solver = solver
-        self.space = space
-        self.penalty = penalty
-        self.schedule = schedule
-        self.max_evals = max_evals
-        self.tol = tol
-        self.batch_size = batch_size
-        self.n_jobs = n_jobs
-        self.random_state = random_state
-        self.verbose = verbose
-
 
 class AIPOTransformer(
     Continuation, ClassNamePrefixFeaturesOutMixin, TransformerMixin, Reconstructor
@@ -225,39 +225,6 @@ class AIPOTransformer(
     >>> fill_in.fit_transform(np.array([[1.0, np.nan]])).round(2)
     array([[1. , 0.9]])
     """
-
-    def __init__(
-        self,
-        op=None,
-        lam=1.0,
-        *,
-        prior=None,
-        noise=None,
-        solver="adam",
-        space="image",
-        penalty="density",
-        schedule="linear",
-        max_evals=300,
-        tol=1e-4,
-        batch_size=64,
-        n_jobs=None,
-        random_state=None,
-        verbose=0,
-    ):
-        self.op = op
-        self.lam = lam
-        self.prior = prior
-        self.noise = noise
-        self.solver = solver
-        self.space = space
-        self.penalty = penalty
-        self.schedule = schedule
-        self.max_evals = max_evals
-        self.tol = tol
-        self.batch_size = batch_size
-        self.n_jobs = n_jobs
-        self.random_state = random_state
-        self.verbose = verbose
 
     def _clean_data(self, X, y):
         # y holds labels here. What an unfitted prior learns from is X itself.
