@@ -21,6 +21,7 @@ from skaipo import FlowPrior
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent / "shared" / "data" / "faces64.npz"
+N_VALIDATION = 40
 
 
 def load_faces(split, size=64, path=DATA):
@@ -28,12 +29,17 @@ def load_faces(split, size=64, path=DATA):
 
     Parameters
     ----------
-    split : {"train", "test", "ood"}
+    split : {"train", "validation", "test", "ood"}
+        The last ``N_VALIDATION`` of the file's training faces are "validation": no prior sees
+        them, and settings such as lambda are chosen on them.
     size : int, default=64
         A divisor of 64.
     path : path-like
     """
-    images = np.load(path)[split].transpose(0, 3, 1, 2).astype(np.float32)
+    images = np.load(path)["train" if split == "validation" else split]
+    if split in ("train", "validation"):
+        images = images[-N_VALIDATION:] if split == "validation" else images[:-N_VALIDATION]
+    images = images.transpose(0, 3, 1, 2).astype(np.float32)
     n, c, side, _ = images.shape
     factor = side // size
     pooled = images.reshape(n, c, size, factor, size, factor).mean((3, 5))
