@@ -1,6 +1,6 @@
 """One chunk of rows, from measurements to results: what runs in a worker."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -38,9 +38,13 @@ class Reconstruction:
         "converged", "budget" (ran out of evaluations), "stalled" (no step makes progress) or
         "diverged" (numbers overflowed and smaller steps did not help).
     lam : float
+    disagreement : ndarray of shape (n_samples,), or None
+        With several starts: root mean square over the pixels, in their units, of the difference
+        between ``x`` and the farthest of the other starts' results. Large against the noise: the
+        reconstruction is not unique, or ``max_evals`` too small.
     lam_history, objective_history : list of ndarray, or None
         Per row: lambda, and the objective at that lambda, after each iteration of the solver; the
-        start is not included. Only if asked for.
+        start is not included; of several starts, the best. Only if asked for.
     """
 
     x: object
@@ -51,6 +55,7 @@ class Reconstruction:
     n_observed: np.ndarray
     status: np.ndarray
     lam: float
+    disagreement: np.ndarray | None = None
     lam_history: list | None = None
     objective_history: list | None = None
 
@@ -63,7 +68,13 @@ class Reconstruction:
         return (
             f"<Reconstruction of {len(self.status)} samples at lam={self.lam:g}: {counts}; "
             f"mean objective {np.mean(self.objective):.6g}, "
-            f"mean evaluations {np.mean(self.n_evals):.0f}>"
+            f"mean evaluations {np.mean(self.n_evals):.0f}"
+            + (
+                ""
+                if self.disagreement is None
+                else f", median disagreement of starts {np.median(self.disagreement):.3g}"
+            )
+            + ">"
         )
 
     def rows(self, index):
@@ -106,6 +117,7 @@ class Problem:
         Targets, ascending.
     max_evals : int
     tol : float
+    mle_solver : str
     history : bool
     """
 
@@ -119,78 +131,108 @@ class Problem:
     lams: tuple
     max_evals: int
     tol: float
+    mle_solver: str
     history: bool = field(default=False)
 
 
-def solve_chunk(problem, y, start):
+def solve_chunk(problem, y, starts):
     """Solve for one chunk of rows at every target.
 
     Parameters
     ----------
     problem : Problem
     y : torch.Tensor of shape (n, m)
-    start : "mle", "zero" or torch.Tensor of shape (n, d)
-        A tensor holds latents.
+    starts : list of "mle", "zero" or torch.Tensor of shape (n, d)
+        A tensor holds latents. Several starts share the budget, and the best result is kept.
 
     Returns
     -------
     results : list of dict
         Per target, numpy arrays, so that they can come back from another process.
     n_evals : int
-        Evaluations of the whole chunk, all targets together.
+        Evaluations of the whole chunk, all targets and starts together.
     """
-    # One frozen module serves everything; a worker unpacks it once per chunk.
-    objective = MAPObjective(
-        problem.prior.flow_, problem.op, problem.noise, y, problem.space, problem.penalty
+    if len(starts) > 1:
+        problem = replace(problem, max_evals=problem.max_evals // len(starts))
+    runs, total = [], 0
+    for start in starts:
+        # One frozen module serves everything; a worker unpacks it once per chunk.
+        objective = MAPObjective(
+            problem.prior.flow_, problem.op, problem.noise, y, problem.space, problem.penalty
+        )
+        history = [] if problem.history else None
+        results = []
+        for lam, solution, n_evals, spent in _solutions(problem, objective, start, history):
+            results.append(_result(objective, lam, solution, n_evals, history))
+        total += spent
+        runs.append(results)
+    return [_best(list(results)) for results in zip(*runs, strict=True)], total
+
+
+def _best(results):
+    """Row by row the result of lowest objective, and how far the others are from it."""
+    if len(results) == 1:
+        return results[0]
+    values = np.stack(
+        [np.where(np.isfinite(r["objective"]), r["objective"], np.inf) for r in results]
     )
-    history = [] if problem.history else None
-    results, total = [], 0
-    for lam, solution, n_evals, spent in _solutions(problem, objective, start, history):
-        results.append(_result(objective, lam, solution, n_evals, history))
-        total = spent
-    return results, total
+    winner = values.argmin(0)
+    rows = np.arange(len(winner))
+    best = {}
+    for key in results[0]:
+        if key in ("arrays", "n_evals"):
+            continue
+        columns = [r[key] for r in results]
+        if isinstance(columns[0], list):
+            best[key] = [columns[w][i] for i, w in enumerate(winner)]
+        else:
+            best[key] = np.stack(columns)[winner, rows]
+    best["n_evals"] = np.sum([r["n_evals"] for r in results], axis=0)
+    distance = np.stack([np.sqrt(np.mean((r["x"] - best["x"]) ** 2, axis=1)) for r in results])
+    best["disagreement"] = np.where(np.isfinite(distance), distance, np.inf).max(0)
+    best["arrays"] = (*results[0]["arrays"], "disagreement")
+    return best
 
 
 def _solutions(problem, objective, start, history):
     """Yield lambda, solution, evaluations on its way per row, and evaluations so far in all."""
     y, n = objective.y, len(objective)
-    max_evals = problem.max_evals
+    max_evals, lams = problem.max_evals, list(problem.lams)
+    options = dict(max_evals=max_evals, tol=problem.tol, history=history)
     mle = isinstance(start, str) and start == "mle"
-    if mle:
+    at_zero = problem.schedule is not None and lams[0] == 0
+    if mle or at_zero:
         # At most a third of the budget, and never more than the paper's number.
         limit = min(_MLE_EVALS, max(1, max_evals // 3))
-        x0, x0_converged = mle_start(objective, max_evals=limit, tol=problem.tol)
+        x0, converged = mle_start(
+            objective, max_evals=limit, tol=problem.tol, solver=problem.mle_solver
+        )
         u0 = objective.variable(x0)
-    else:
-        z0 = y.new_zeros(n, objective.n_features) if isinstance(start, str) else start
-        u0 = z0
+    if at_zero:
+        # x(0) is eq. 4's solution: the misfit is zero there (least, where it cannot be zero).
+        before = objective.n_evals.clone()
+        evaluation = objective.evaluate(u0)
+        status = torch.where(converged, STATUS.index("converged"), STATUS.index("budget"))
+        status[~evaluation.finite()] = STATUS.index("diverged")
+        solution = Solution(u0, evaluation, torch.zeros_like(y[:, 0]), status, {})
+        n_evals = objective.n_evals.clone()
+        yield lams.pop(0), solution, n_evals, int(n_evals.sum())
+        objective.n_evals.copy_(before if mle else 0 * before)
+    z0 = y.new_zeros(n, objective.n_features)
+    if not mle:
+        u0 = z0 if isinstance(start, str) else start
         if objective.space == "image":
-            u0 = objective.in_space("latent").image(z0)
+            u0 = objective.in_space("latent").image(u0)
             objective.n_evals += 1
-    options = dict(max_evals=max_evals, tol=problem.tol, history=history)
     if problem.schedule is None:
-        (lam,) = problem.lams
+        (lam,) = lams
         solution = minimize(objective, u0, torch.full_like(y[:, 0], lam), problem.method, **options)
         yield lam, solution, objective.n_evals, int(objective.n_evals.sum())
         return
-    lams = list(problem.lams)
-    if lams and lams[0] == 0:
-        # x(0) is the start itself: the misfit is zero there (least, where it cannot be zero).
-        zero = torch.zeros_like(y[:, 0])
-        before = objective.n_evals.clone()
-        evaluation = objective.evaluate(u0)
-        status = torch.where(x0_converged, STATUS.index("converged"), STATUS.index("budget"))
-        status[~evaluation.finite()] = STATUS.index("diverged")
-        yield (
-            lams.pop(0),
-            Solution(u0, evaluation, zero, status, {}),
-            objective.n_evals.clone(),
-            int(objective.n_evals.sum()),
-        )
-        objective.n_evals.copy_(before)
     # Where the continuation fails: the mode of the latent space.
-    z0 = y.new_zeros(1, objective.n_features)
-    fallback = objective.in_space("latent").image(z0) if objective.space == "image" else z0
+    fallback = None
+    if not (isinstance(start, str) and start == "zero"):
+        fallback = objective.in_space("latent").image(z0) if objective.space == "image" else z0
     spent = 0
     for lam, (solution, n_evals, trunk) in zip(
         lams,
@@ -200,7 +242,7 @@ def _solutions(problem, objective, start, history):
             lams,
             problem.method,
             problem.schedule,
-            fallback=fallback.expand(n, -1),
+            fallback=fallback,
             **options,
         ),
         strict=True,

@@ -201,6 +201,9 @@ class AIPORegressorCV(Continuation, Regressor):
         space="image",
         penalty="density",
         schedule="geometric",
+        init="mle",
+        mle_solver="pgd",
+        n_starts=1,
         max_evals=300,
         tol=1e-4,
         batch_size=64,
@@ -219,6 +222,9 @@ class AIPORegressorCV(Continuation, Regressor):
         self.space = space
         self.penalty = penalty
         self.schedule = schedule
+        self.init = init
+        self.mle_solver = mle_solver
+        self.n_starts = n_starts
         self.max_evals = max_evals
         self.tol = tol
         self.batch_size = batch_size

@@ -72,6 +72,13 @@ class Evaluation:
         """The evaluation restricted to some rows."""
         return Evaluation(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
+    def replace(self, index, other):
+        """A copy with the rows of ``index`` taken from ``other``, in order."""
+        out = {f.name: getattr(self, f.name).clone() for f in fields(self)}
+        for name, value in out.items():
+            value[index] = getattr(other, name)
+        return Evaluation(**out)
+
     def where(self, mask, other):
         """Rows of ``other`` where ``mask`` is true, of this evaluation elsewhere."""
         out = {}
@@ -129,6 +136,13 @@ class MAPObjective:
         other.__dict__.update(self.__dict__)
         other.space = check_choice("space", space, SPACES)
         other.penalty = check_choice("penalty", penalty or self.penalty, PENALTIES)
+        return other
+
+    def select(self, rows, *, space=None, penalty=None):
+        """The objective of some rows alone, with counters of its own."""
+        other = self.in_space(space or self.space, penalty)
+        for name in ("y", "observed", "n_evals"):
+            setattr(other, name, getattr(self, name)[rows])
         return other
 
     @property

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
-from sklearn.utils import check_array, check_consistent_length
+from sklearn.utils import check_array, check_consistent_length, check_random_state
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_is_fitted
 
@@ -21,10 +21,11 @@ from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
 from skaipo.operators._base import ShortRepr
 from skaipo.priors import FlowPrior
-from skaipo.solvers import LBFGS, Adam, GradientDescent, Method
+from skaipo.solvers import LBFGS, MLE_SOLVERS, Adam, GradientDescent, Method
 
 __all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior"]
 
+INITS = ("mle", "zero", "random")
 _METHODS = {"adam": Adam, "lbfgs": LBFGS, "gd": GradientDescent}
 
 
@@ -76,7 +77,9 @@ class Reconstructor(ShortRepr, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.requires_fit = not self._is_ready()
         tags.input_tags.allow_nan = True
-        tags.non_deterministic = self.random_state is None and getattr(self, "init", "") == "random"
+        tags.non_deterministic = self.random_state is None and (
+            self.init == "random" or self.n_starts > 2
+        )
         return tags
 
     def __sklearn_clone__(self):
@@ -243,10 +246,15 @@ class Reconstructor(ShortRepr, BaseEstimator):
     def _check_params(self):
         if hasattr(self, "lam"):
             check_lam(self.lam)
-        for name, low in (("max_evals", 4), ("batch_size", 1)):
+        for name, low in (("max_evals", 4), ("batch_size", 1), ("n_starts", 1)):
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or value is True or value < low:
                 raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}.")
+        if self.max_evals < 4 * self.n_starts:
+            raise ValueError(
+                f"max_evals must be at least 4 for each of the n_starts={self.n_starts} starts, "
+                f"got {self.max_evals!r}."
+            )
         if not (isinstance(self.tol, numbers.Real) and self.tol >= 0):
             raise ValueError(f"tol must be a number >= 0, got {self.tol!r}.")
 
@@ -254,6 +262,22 @@ class Reconstructor(ShortRepr, BaseEstimator):
         if isinstance(self.solver, Method):
             return self.solver
         return _METHODS[check_choice("solver", self.solver, tuple(_METHODS))]()
+
+    def _starts(self, y, flow):
+        """The starts: "mle", "zero", or latents (n, d) for all rows."""
+        first = check_choice("init", self.init, INITS)
+        kinds = [first, *(kind for kind in INITS[:2] if kind != first)][: self.n_starts]
+        kinds += ["random"] * (self.n_starts - len(kinds))
+        # Drawn for all rows at once: a row's start does not depend on the chunk it falls in.
+        rng = check_random_state(self.random_state)
+        return [
+            to_tensor(
+                rng.standard_normal((len(y), flow.n_features)), device=y.device, dtype=y.dtype
+            )
+            if kind == "random"
+            else kind
+            for kind in kinds
+        ]
 
     def _solve(self, Y, lams, mask=None, history=False):
         """Reconstructions at ascending lambdas, and the evaluations that all of them took."""
@@ -274,6 +298,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             lams=lams,
             max_evals=self.max_evals,
             tol=self.tol,
+            mle_solver=check_choice("mle_solver", self.mle_solver, MLE_SOLVERS),
             history=history,
         )
         # The edges of the chunks follow batch_size alone: results do not depend on n_jobs.
@@ -282,7 +307,9 @@ class Reconstructor(ShortRepr, BaseEstimator):
         with Progress(type(self).__name__, len(y), enabled=self.verbose > 0) as bar:
             results = Parallel(n_jobs=self.n_jobs, return_as="generator")(
                 delayed(solve_chunk)(
-                    problem, y[rows], starts if isinstance(starts, str) else starts[rows]
+                    problem,
+                    y[rows],
+                    [start if isinstance(start, str) else start[rows] for start in starts],
                 )
                 for rows in chunks
             )

@@ -4,9 +4,8 @@ import warnings
 
 import numpy as np
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, RegressorMixin, TransformerMixin
-from sklearn.utils import check_random_state
 
-from skaipo._validation import check_batch, to_numpy, to_tensor
+from skaipo._validation import check_batch, to_numpy
 from skaipo.estimators._base import Reconstructor, is_fitted, is_learnt
 from skaipo.objective import check_choice
 from skaipo.operators import as_operator
@@ -15,7 +14,6 @@ from skaipo.solvers import GeometricSchedule, LinearSchedule
 __all__ = ["AIPORegressor", "AIPOTransformer", "Continuation", "FixedLambdaMAP", "Regressor"]
 
 _SCHEDULES = {"linear": LinearSchedule, "geometric": GeometricSchedule}
-_INITS = ("mle", "zero", "random")
 
 
 class Regressor(RegressorMixin, Reconstructor):
@@ -94,6 +92,9 @@ class Continuation:
         space="image",
         penalty="density",
         schedule="linear",
+        init="mle",
+        mle_solver="pgd",
+        n_starts=1,
         max_evals=300,
         tol=1e-4,
         batch_size=64,
@@ -109,15 +110,15 @@ class Continuation:
         self.space = space
         self.penalty = penalty
         self.schedule = schedule
+        self.init = init
+        self.mle_solver = mle_solver
+        self.n_starts = n_starts
         self.max_evals = max_evals
         self.tol = tol
         self.batch_size = batch_size
         self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose
-
-    def _starts(self, y, flow):
-        return "mle"
 
     def _schedule(self):
         if hasattr(self.schedule, "stages") and not isinstance(self.schedule, type):
@@ -321,6 +322,8 @@ class FixedLambdaMAP(Regressor):
         solver="adam",
         space="image",
         penalty="density",
+        mle_solver="pgd",
+        n_starts=1,
         max_evals=300,
         tol=1e-4,
         batch_size=64,
@@ -336,19 +339,14 @@ class FixedLambdaMAP(Regressor):
         self.solver = solver
         self.space = space
         self.penalty = penalty
+        self.mle_solver = mle_solver
+        self.n_starts = n_starts
         self.max_evals = max_evals
         self.tol = tol
         self.batch_size = batch_size
         self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose
-
-    def _starts(self, y, flow):
-        if check_choice("init", self.init, _INITS) != "random":
-            return self.init
-        # Drawn for all rows at once: a row's start does not depend on the chunk it falls in.
-        z = check_random_state(self.random_state).standard_normal((len(y), flow.n_features))
-        return to_tensor(z, device=y.device, dtype=y.dtype)
 
     def _schedule(self):
         return None

@@ -1,21 +1,23 @@
 """Solvers of the MAP problem: update rules, the loop that runs them, and the continuation."""
 
 from skaipo.solvers._base import STATUS, Method, Solution, minimize
-from skaipo.solvers._continuation import (
+from skaipo.solvers._continuation import continuation, continuation_path
+from skaipo.solvers._first_order import Adam, GradientDescent
+from skaipo.solvers._lbfgs import LBFGS
+from skaipo.solvers._mle import MLE_SOLVERS, mle_start
+from skaipo.solvers._schedules import (
+    AdaptiveSchedule,
     GeometricSchedule,
     LinearSchedule,
     TheorySchedule,
-    continuation,
-    continuation_path,
 )
-from skaipo.solvers._first_order import Adam, GradientDescent
-from skaipo.solvers._lbfgs import LBFGS
-from skaipo.solvers._mle import mle_start
 
 __all__ = [
     "LBFGS",
+    "MLE_SOLVERS",
     "STATUS",
     "Adam",
+    "AdaptiveSchedule",
     "GeometricSchedule",
     "GradientDescent",
     "LinearSchedule",

@@ -101,7 +101,7 @@ def minimize(
     method : Method
     max_evals : int or torch.Tensor of shape (n,)
         A row stops when ``objective.n_evals`` reaches it; what was spent before counts.
-    tol : float
+    tol : float or torch.Tensor of shape (n,)
         A row has converged when its relative gradient is at most this.
     evaluation : Evaluation, default=None
         The objective at ``u`` where it is known already, from an earlier call.
@@ -139,6 +139,7 @@ def minimize(
         lam=lam,
         start=start,
         budget=budget,
+        tol=torch.zeros_like(lam) + tol,
         failures=torch.zeros_like(rows),
         restarts=torch.zeros_like(rows),
         reference=evaluation.value(lam),
@@ -184,7 +185,9 @@ def minimize(
     memory = dict(memory)
     while True:
         # 1. Stop what is done.
-        flat = (evaluation.relative_gradient(active["lam"]) <= tol) & (status[rows] == _RUNNING)
+        flat = (evaluation.relative_gradient(active["lam"]) <= active["tol"]) & (
+            status[rows] == _RUNNING
+        )
         # Stationary, but a better point was seen: go back there and take smaller steps.
         worse = flat & (
             evaluation.value(active["lam"])

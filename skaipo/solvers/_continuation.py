@@ -1,209 +1,77 @@
 """AIPO: follow the minimiser from lambda = 0 to the target."""
 
-import math
-
-import numpy as np
 import torch
-from sklearn.base import BaseEstimator
 
 from skaipo.solvers._base import CONVERGED, minimize
 
-__all__ = [
-    "GeometricSchedule",
-    "LinearSchedule",
-    "TheorySchedule",
-    "continuation",
-    "continuation_path",
-]
+__all__ = ["continuation", "continuation_path"]
 
 
-class LinearSchedule(BaseEstimator):
-    """Equal steps, ``lam_k = k lam / n_stages``, as in Algorithm 1 of Liu et al. (2023).
-
-    Parameters
-    ----------
-    n_stages : int, default=20
-    share : float in (0, 1), default=0.5
-        Share of the evaluations, without the third that the start may take, for the stages before
-        the last.
-    tol : float, default=0.1
-        Relative gradient at which a stage is good enough for a row to wait for the next.
-    """
-
-    def __init__(self, n_stages=20, share=0.5, tol=0.1):
-        self.n_stages = n_stages
-        self.share = share
-        self.tol = tol
-
-    def stages(self, objective, target, max_evals):
-        """Lambdas before the target, and evaluations per stage.
-
-        Parameters
-        ----------
-        objective : MAPObjective
-        target : float
-        max_evals : int
-            What the start and the stages may spend together.
-
-        Returns
-        -------
-        lams : list of float
-        per_stage : int
-        """
-        # By max_evals alone, not by what rows have spent: rows must not depend on each other.
-        budget = self.share * (max_evals - max_evals // 3)
-        # Fewer evaluations than stages: take larger steps, so that the last keeps its share.
-        n_stages = max(1, min(self.n_stages, int(budget)))
-        return [target * k / n_stages for k in range(1, n_stages)], max(1, int(budget / n_stages))
-
-    def last(self, max_evals):
-        """Evaluations of the last stage: all that is left."""
-        return max_evals
-
-
-class GeometricSchedule(BaseEstimator):
-    """Fixed lambdas in equal ratios, the trunk, from which every target branches off.
-
-    The trunk does not depend on the target: it ends at the anchor, the lambda at which prior and
-    data weigh about the same, which is the curvature of the noise's negative log-likelihood times
-    the variance of the data. The solution at one target is therefore the same whether it is
-    solved for alone or as a point of a path.
-
-    Parameters
-    ----------
-    n_stages : int, default=9
-        Stages from ``anchor / span`` to ``anchor``.
-    span : float, default=1000
-    share : float in (0, 1), default=0.975
-        Share of ``max_evals`` that the start and the trunk up to the anchor may take. What is
-        left is for the last stage, at the target.
-    tol : float, default=0.02
-        Relative gradient at which a stage is good enough for a row to wait for the next.
-    """
-
-    def __init__(self, n_stages=9, span=1000.0, share=0.975, tol=0.02):
-        self.n_stages = n_stages
-        self.span = span
-        self.share = share
-        self.tol = tol
-
-    def trunk(self, objective):
-        """The trunk's lambdas, ascending to the anchor."""
-        anchor = objective.noise.max_curvature() * objective.flow.data_scale() ** 2
-        return [anchor / s for s in np.geomspace(self.span, 1.0, self.n_stages)]
-
-    def stages(self, objective, target, max_evals):
-        """Lambdas of the trunk before the target, and evaluations per stage."""
-        budget = self.share * max_evals - max_evals // 3
-        per_stage = max(1, math.floor(budget / self.n_stages))
-        return [lam for lam in self.trunk(objective) if lam < target], per_stage
-
-    def last(self, max_evals):
-        """Evaluations of the last stage."""
-        return max(2, math.ceil((1 - self.share) * max_evals))
-
-
-class TheorySchedule(BaseEstimator):
-    """Algorithm 1 of Liu et al. (2023): stages and steps that reach the global minimiser.
-
-    With gradient steps of length ``1 / L`` (``GradientDescent(lipschitz=L)``) the result is within
-    ``epsilon`` of the minimiser at the target, if the assumptions hold and the start is within
-    :attr:`radius` of the minimiser at lambda 0. ``docs/theory.md`` derives the constants.
-
-    Parameters
-    ----------
-    L : float
-        Assumption 3.2: the gradient of the objective is ``L``-Lipschitz for every lambda up to the
-        target.
-    sigma : float
-        Assumption 3.3: ``||x - x*(lam)|| <= sigma ||gradient(x; lam)||`` in the ball of radius
-        ``delta`` around ``x*(lam)``. At least ``1 / L``.
-    delta : float
-        Assumption 3.3: the radius of that ball.
-    C : float
-        Assumption 3.4: ``||x*(a) - x*(b)|| <= C |a - b|``.
-    epsilon : float, default=1e-3
-        Distance to the minimiser that is asked for.
-    """
-
-    # Every step is taken: no early exit, and nothing beside the algorithm.
-    tol = 0.0
-    exact = True
-
-    def __init__(self, L, sigma, delta, C, epsilon=1e-3):
-        self.L = L
-        self.sigma = sigma
-        self.delta = delta
-        self.C = C
-        self.epsilon = epsilon
-
-    @property
-    def mu(self):
-        """Constant of the Polyak-Lojasiewicz inequality: ``1 / (L sigma^2)`` (3.2 and 3.3)."""
-        return 1.0 / (self.L * self.sigma**2)
-
-    @property
-    def radius(self):
-        """``delta_0 = delta sqrt(mu / L) / 2``: what a stage may be off, and lambda may move it.
-
-        Two such distances keep the next start so close that descent never leaves the ball of
-        Assumption 3.3: ``sqrt(L / mu) * 2 delta_0 = delta``.
-        """
-        return 0.5 * self.delta * math.sqrt(self.mu / self.L)
-
-    def _steps(self, quotient):
-        """Steps that shrink the bound by ``quotient``: the gap shrinks by 1 - mu / L in each."""
-        if self.mu >= self.L:
-            return 1  # perfectly conditioned: one step is exact
-        return max(
-            0, math.floor(2 * math.log(quotient) / math.log(self.L / (self.L - self.mu))) + 1
-        )
-
-    def n_stages(self, target):
-        """``N = floor(C lam / delta_0) + 1``: each moves the minimiser by less than delta_0."""
-        return math.floor(self.C * target / self.radius) + 1
-
-    def stages(self, objective, target, max_evals):
-        """Lambdas before the target, and gradient steps per stage."""
-        for name in ("L", "sigma", "delta", "C", "epsilon"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and (value > 0 or (name == "C" and value == 0))):
-                raise ValueError(f"{name} must be a positive number, got {value!r}.")
-        if self.L * self.sigma < 1 - 1e-9:
-            raise ValueError(
-                f"L * sigma must be at least 1 (a gradient cannot be larger than L times the "
-                f"distance), got L={self.L}, sigma={self.sigma}."
-            )
-        n, steps = self.n_stages(target), self._steps(2 * self.delta / self.radius)
-        needed = (n - 1) * steps + self.last(max_evals)
-        if needed > max_evals - max_evals // 3:
-            raise ValueError(
-                f"Algorithm 1 takes {needed} gradient steps here ({n} stages of {steps}); set "
-                f"max_evals to at least {math.ceil(1.5 * needed) + 3} (a third is for the start), "
-                f"or use another schedule."
-            )
-        return [target * k / n for k in range(1, n)], steps
-
-    def last(self, max_evals):
-        """Gradient steps of the last stage, which ends within epsilon."""
-        return max(1, self._steps(2 * self.delta / self.epsilon))
+def _copy(memory):
+    return None if memory is None else {k: v.clone() for k, v in memory.items()}
 
 
 def _stage(objective, state, lam, method, limit, tol, history, anneal):
     u, evaluation, memory = state
-    lams = torch.full_like(evaluation.data, lam)
     return minimize(
         objective,
         u,
-        lams,
+        torch.zeros_like(evaluation.data) + lam,
         method,
         max_evals=limit,
         tol=tol,
         evaluation=evaluation,
-        memory=None if memory is None else {k: v.clone() for k, v in memory.items()},
+        memory=_copy(memory),
         anneal=anneal,
         history=history,
     )
+
+
+def _climb(objective, state, target, method, schedule, max_evals, history):
+    """Follow the solution up to the last lambda before the target, each row at its own pace."""
+    u, evaluation, memory = state
+    lam = torch.zeros_like(evaluation.data)
+    step = torch.full_like(lam, schedule.first * target)
+    end = (objective.n_evals + schedule.climb(max_evals)).clamp_max(max_evals - 1)
+    u_before, lam_before = u, lam
+    while True:
+        climbing = (lam + step < target) & (objective.n_evals < end) & evaluation.finite()
+        if not climbing.any():
+            return u, evaluation, memory
+        ahead = torch.where(climbing, lam + step, lam)
+        here = u
+        # Predictor: the secant, for the rows that have one.
+        rows = (climbing & (lam > lam_before) & (objective.n_evals < end - 1)).nonzero().flatten()
+        if len(rows):
+            slope = (u[rows] - u_before[rows]) / (lam - lam_before)[rows, None]
+            guess = torch.addcmul(u[rows], (ahead - lam)[rows, None], slope)
+            trial = objective.evaluate(guess, rows)
+            better = trial.value(ahead[rows]) < evaluation.rows(rows).value(ahead[rows])
+            better &= trial.finite()
+            moved = rows[better]
+            u = u.clone()
+            u[moved] = guess[better]
+            evaluation = evaluation.replace(moved, trial.rows(better))
+        # Corrector. Rows that are done climbing have nothing to spend.
+        before = objective.n_evals.clone()
+        limit = torch.where(climbing, (before + schedule.stage_evals).minimum(end), before)
+        solution = _stage(
+            objective,
+            (u, evaluation, memory),
+            ahead,
+            method,
+            limit,
+            torch.where(climbing, schedule.tol, 0.0),
+            history,
+            anneal=False,
+        )
+        mastered = solution.status == CONVERGED
+        easy = mastered & (2 * (objective.n_evals - before) <= schedule.stage_evals)
+        factor = torch.where(easy, 4.0, torch.where(mastered, 2.0, 0.5))
+        step = torch.where(climbing, factor.to(step) * step, step)
+        u_before = torch.where(climbing[:, None], here, u_before)
+        lam_before = torch.where(climbing, lam, lam_before)
+        u, evaluation, memory, lam = solution.u, solution.evaluation, solution.memory, ahead
 
 
 def continuation_path(
@@ -224,7 +92,7 @@ def continuation_path(
     targets : list of float
         Ascending.
     method : Method
-    schedule : LinearSchedule or GeometricSchedule
+    schedule : LinearSchedule, GeometricSchedule, TheorySchedule or AdaptiveSchedule
     max_evals : int
         Largest number of evaluations on the way to one target.
     tol : float
@@ -255,17 +123,23 @@ def continuation_path(
     state = (u, evaluation, None)
     climbed = 0
     for target in targets:
-        lams, per_stage = schedule.stages(objective, target, max_evals)
-        for lam in lams[climbed:]:
-            limit = (objective.n_evals + per_stage).clamp_max(max_evals - 1)
-            solution = _stage(
-                objective, state, lam, method, limit, schedule.tol, history, anneal=False
+        if hasattr(schedule, "climb"):
+            # The steps depend on the target: nothing is shared but the start.
+            trunk_evals = objective.n_evals.clone()
+            u, evaluation, memory = _climb(
+                objective, state, target, method, schedule, max_evals, history
             )
-            state = (solution.u, solution.evaluation, solution.memory)
-        climbed = len(lams)
-
-        u, evaluation, memory = state
-        trunk_evals = objective.n_evals.clone()
+        else:
+            lams, per_stage = schedule.stages(objective, target, max_evals)
+            for lam in lams[climbed:]:
+                limit = (objective.n_evals + per_stage).clamp_max(max_evals - 1)
+                solution = _stage(
+                    objective, state, lam, method, limit, schedule.tol, history, anneal=False
+                )
+                state = (solution.u, solution.evaluation, solution.memory)
+            climbed = len(lams)
+            u, evaluation, memory = state
+            trunk_evals = objective.n_evals.clone()
         if spare is not None:
             lam = torch.full_like(evaluation.data, target)
             failed = ~(evaluation.value(lam) <= spare.value(lam)) & spare.finite()
@@ -273,7 +147,7 @@ def continuation_path(
                 u = torch.where(failed[:, None], fallback, u)
                 evaluation = evaluation.where(failed, spare)
                 if memory is not None:
-                    memory = {k: v.clone() for k, v in memory.items()}
+                    memory = _copy(memory)
                     method.forget(memory, failed)
         limit = (objective.n_evals + schedule.last(max_evals)).clamp_max(max_evals)
         solution = _stage(

@@ -96,8 +96,19 @@ class GradientDescent(Method):
     def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
         if self.lipschitz is not None:
             return ok
-        promised = 0.5 * memory["step"] * evaluation.gradient(lam).square().sum(1)
-        enough = ok & (trial_evaluation.value(lam) <= evaluation.value(lam) - promised)
+        gradient = evaluation.gradient(lam)
+        value, new = evaluation.value(lam), trial_evaluation.value(lam)
+        decrease = new <= value - 0.5 * memory["step"] * gradient.square().sum(1)
+        # Near a minimum the decrease drowns in rounding. On a parabola it is enough exactly where
+        # the slope along the step has not changed its sign (the approximate Wolfe condition of
+        # Hager & Zhang, 2005, eq. 4.1, with delta = 1/2).
+        noise = (
+            4
+            * torch.finfo(value.dtype).eps
+            * (evaluation.data.abs() + lam * evaluation.prior.abs())
+        )
+        downhill = (trial_evaluation.gradient(lam) * gradient).sum(1) >= 0
+        enough = ok & (decrease | ((new <= value + noise) & downhill))
         memory["step"] *= torch.where(enough, 1.5, 0.5)
         return enough
 
