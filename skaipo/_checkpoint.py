@@ -94,10 +94,11 @@ def _part(name, value):
     try:
         digest = fingerprint(contents)
     except Exception as error:  # Pickling runs the objects' own code.
+        what = {"op": "operator", "noise": "noise model", "method": "solver"}.get(name, name)
         raise TypeError(
-            f"checkpoint needs a {name} that can be pickled, to tell whether it is the same when "
-            f"the run goes on, got {text}: {error}. Define its classes and functions at the top "
-            f"level of a module, leave what cannot be pickled (open files, locks, lambdas) out in "
+            f"checkpoint needs a picklable {what}, to tell whether it is the same when the run "
+            f"goes on, got {text}: {error}. Define its classes and functions at the top level of a "
+            f"module, leave what cannot be pickled (open files, locks, lambdas) out in "
             f"__getstate__, or run without checkpoint."
         ) from error
     return {"is": text if len(text) <= 200 else f"{text[:197]}...", "sha256": digest}
