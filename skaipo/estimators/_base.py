@@ -13,6 +13,7 @@ from sklearn.utils import check_array, check_consistent_length, check_random_sta
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_is_fitted
 
+from skaipo._checkpoint import Checkpoint, describe_run
 from skaipo._progress import Progress
 from skaipo._reconstruct import Problem, Reconstruction, solve_chunk
 from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
@@ -279,7 +280,15 @@ class Reconstructor(ShortRepr, BaseEstimator):
             for kind in kinds
         ]
 
-    def _solve(self, Y, lams, mask=None, history=False):
+    def _check_repeatable(self, starts):
+        """Refuse to keep what the same call, in another process, would not find again."""
+        if self.random_state is None and not all(isinstance(start, str) for start in starts):
+            raise ValueError(
+                "checkpoint needs an integer random_state where the start is random, got None: the "
+                "start would be another one when the run goes on. Pass random_state=0, say."
+            )
+
+    def _solve(self, Y, lams, mask=None, history=False, checkpoint=None):
         """Reconstructions at ascending lambdas, and the evaluations that all of them took."""
         self._check_params()
         prior = self._ready_prior()
@@ -303,29 +312,37 @@ class Reconstructor(ShortRepr, BaseEstimator):
         )
         # The edges of the chunks follow batch_size alone: results do not depend on n_jobs.
         chunks = list(torch.arange(len(y)).split(self.batch_size))
-        parts = []
+        store = None
+        if checkpoint is not None:
+            self._check_repeatable(starts)
+            store = Checkpoint(checkpoint, describe_run(problem, y, starts, self.batch_size))
+        parts = [None if store is None else store.load(k) for k in range(len(chunks))]
+        todo = [k for k, part in enumerate(parts) if part is None]
+
+        def task(k):
+            rows = chunks[k]
+            start = [start if isinstance(start, str) else start[rows] for start in starts]
+            args = (problem, y[rows], start)
+            if store is None:
+                return delayed(solve_chunk)(*args)
+            return delayed(store.solve)(k, solve_chunk, *args)
+
         with Progress(type(self).__name__, len(y), enabled=self.verbose > 0) as bar:
-            results = Parallel(n_jobs=self.n_jobs, return_as="generator")(
-                delayed(solve_chunk)(
-                    problem,
-                    y[rows],
-                    [start if isinstance(start, str) else start[rows] for start in starts],
-                )
-                for rows in chunks
-            )
-            done = total = 0
-            for rows, (part, n_evals) in zip(chunks, results, strict=True):
-                parts.append(part)
-                done += len(rows)
-                total += n_evals
+            results = Parallel(n_jobs=self.n_jobs, return_as="generator")(task(k) for k in todo)
+            done = len(y) - sum(len(chunks[k]) for k in todo)
+            bar.update(done)
+            for k, part in zip(todo, results, strict=True):
+                parts[k] = part
+                done += len(chunks[k])
                 bar.update(done)
-        by_lam = zip(*parts, strict=True)
+        total = sum(n_evals for _, n_evals in parts)
+        by_lam = zip(*(part for part, _ in parts), strict=True)
         joined = [Reconstruction.join(p, lam) for lam, p in zip(lams, by_lam, strict=True)]
         for result in joined:
             result.x = layout.restore(to_tensor(result.x), op.event_shape_)
         return joined, total
 
-    def reconstruct(self, Y, *, mask=None, history=False):
+    def reconstruct(self, Y, *, mask=None, history=False, checkpoint=None):
         """Reconstruct a batch and tell how each row went.
 
         Parameters
@@ -336,12 +353,28 @@ class Reconstructor(ShortRepr, BaseEstimator):
             False where a value of ``Y`` is to be ignored, as if it were NaN.
         history : bool, default=False
             Record lambda and objective after each evaluation.
+        checkpoint : path-like, default=None
+            Directory in which every chunk of ``batch_size`` rows is kept as soon as it is solved.
+            If the process dies, the same call goes on after the last finished chunk, and gives the
+            same bits as one that was never interrupted. It is made if it is missing, and belongs
+            to one run: whatever the results depend on must be the same when the call is repeated,
+            but not ``n_jobs`` and ``verbose``.
 
         Returns
         -------
         reconstruction : Reconstruction
+
+        Raises
+        ------
+        ValueError
+            If ``checkpoint`` holds another run (the message says what differs) or other files, or
+            the start is random and ``random_state`` is None.
+        TypeError
+            If there is a ``checkpoint`` and the operator, noise model or solver does not pickle.
+        OSError
+            If ``checkpoint`` cannot be written.
         """
-        (result,), _ = self._solve(Y, (self._target(),), mask, history)
+        (result,), _ = self._solve(Y, (self._target(),), mask, history, checkpoint)
         diverged = int((result.status == "diverged").sum())
         if diverged:
             warnings.warn(
@@ -353,9 +386,9 @@ class Reconstructor(ShortRepr, BaseEstimator):
             )
         return result
 
-    def _predict(self, Y, mask):
+    def _predict(self, Y, mask, checkpoint=None):
         """The reconstructions alone, with a warning that counts what did not converge."""
-        result = self.reconstruct(Y, mask=mask)
+        result = self.reconstruct(Y, mask=mask, checkpoint=checkpoint)
         counts = result.counts()
         open_rows = counts["budget"] + counts["stalled"]
         if open_rows:

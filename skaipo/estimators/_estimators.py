@@ -25,7 +25,7 @@ class Regressor(RegressorMixin, Reconstructor):
         tags.target_tags.multi_output = True
         return tags
 
-    def predict(self, Y, mask=None):
+    def predict(self, Y, mask=None, checkpoint=None):
         """Reconstruct a batch of measurements.
 
         Parameters
@@ -34,6 +34,9 @@ class Regressor(RegressorMixin, Reconstructor):
             Measurements; NaN where nothing was measured.
         mask : array-like of bool of the shape of Y, default=None
             False where a value of ``Y`` is to be ignored, as if it were NaN.
+        checkpoint : path-like, default=None
+            Directory that keeps the finished chunks of rows, so that the same call goes on there
+            if the process was killed; see :meth:`reconstruct`.
 
         Returns
         -------
@@ -41,7 +44,7 @@ class Regressor(RegressorMixin, Reconstructor):
             In the layout and dtype of ``Y``. Rows that did not converge are counted in a
             ``ConvergenceWarning``; :meth:`reconstruct` tells which they are.
         """
-        X = self._predict(Y, mask)
+        X = self._predict(Y, mask, checkpoint)
         return X.reshape(len(X)) if getattr(self, "_one_output", False) else X
 
     def score(self, X, y, sample_weight=None):
@@ -255,7 +258,7 @@ class AIPOTransformer(
         """Fit, then reconstruct the same rows; see :meth:`fit` and :meth:`transform`."""
         return self.fit(X, y, prior=prior).transform(X, mask)
 
-    def transform(self, Y, mask=None):
+    def transform(self, Y, mask=None, checkpoint=None):
         """Reconstruct a batch of measurements.
 
         Parameters
@@ -264,13 +267,16 @@ class AIPOTransformer(
             Measurements; NaN where nothing was measured.
         mask : array-like of bool of the shape of Y, default=None
             False where a value of ``Y`` is to be ignored, as if it were NaN.
+        checkpoint : path-like, default=None
+            Directory that keeps the finished chunks of rows, so that the same call goes on there
+            if the process was killed; see :meth:`reconstruct`.
 
         Returns
         -------
         X : ndarray or torch.Tensor of shape (n_samples, d)
             Rows that did not converge are counted in a ``ConvergenceWarning``.
         """
-        return self._predict(Y, mask)
+        return self._predict(Y, mask, checkpoint)
 
 
 class FixedLambdaMAP(Regressor):
