@@ -54,8 +54,13 @@ class Evaluation:
         At a minimiser the two terms cancel, so that the quotient measures how well they do,
         whatever the units of the objective and of the variable. Exactly zero gradients give 0.
         """
-        scale = self.grad_data.norm(dim=1) + lam * self.grad_prior.norm(dim=1)
-        norm = self.gradient(lam).norm(dim=1)
+        prior = lam[:, None] * self.grad_prior
+        # In units of the largest entry: squares of large and small ones over- and underflow, and
+        # a gradient must not pass for zero, nor its scale for infinite.
+        unit = torch.maximum(self.grad_data.abs().amax(1), prior.abs().amax(1))
+        unit = torch.where(unit > 0, unit, 1.0)[:, None]
+        scale = (self.grad_data / unit).norm(dim=1) + (prior / unit).norm(dim=1)
+        norm = (self.gradient(lam) / unit).norm(dim=1)
         return torch.where(norm == 0, norm, norm / scale)
 
     def rounding(self, lam):
@@ -63,10 +68,17 @@ class Evaluation:
         eps = torch.finfo(self.data.dtype).eps
         return 64 * eps * (self.data.abs() + (lam * self.prior).abs())
 
-    def finite(self):
-        """Rows whose terms and gradients are all finite, shape (n,)."""
+    def finite(self, lam=None):
+        """Rows whose terms and gradients are all finite, shape (n,).
+
+        With ``lam`` (n,) also their sums, and the squared norms, without which no method can tell
+        how long a step is.
+        """
         ok = self.data.isfinite() & self.prior.isfinite() & self.x.isfinite().all(1)
-        return ok & self.grad_data.isfinite().all(1) & self.grad_prior.isfinite().all(1)
+        ok &= self.grad_data.isfinite().all(1) & self.grad_prior.isfinite().all(1)
+        if lam is not None:
+            ok &= self.value(lam).isfinite() & self.gradient(lam).square().sum(1).isfinite()
+        return ok
 
     def rows(self, index):
         """The evaluation restricted to some rows."""

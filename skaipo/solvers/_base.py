@@ -130,7 +130,7 @@ def minimize(
         method.retarget(memory, u, evaluation, lam, torch.ones_like(lam, dtype=torch.bool))
     status = torch.full((n,), _RUNNING, dtype=torch.long, device=u.device)
     # A start that cannot be evaluated leaves nothing to roll back to.
-    status[~evaluation.finite()] = DIVERGED
+    status[~evaluation.finite(lam)] = DIVERGED
 
     rows = torch.arange(n, device=u.device)
     active = dict(
@@ -219,7 +219,7 @@ def minimize(
             progress = torch.zeros_like(active["lam"])
         trial = method.propose(memory, active["u"], evaluation, active["lam"], progress)
         trial_evaluation = objective.evaluate(trial, rows)
-        ok = trial_evaluation.finite()
+        ok = trial_evaluation.finite(active["lam"])
         accept = ok & method.update(
             memory, active["u"], evaluation, trial, trial_evaluation, active["lam"], ok
         )

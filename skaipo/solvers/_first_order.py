@@ -96,19 +96,18 @@ class GradientDescent(Method):
     def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
         if self.lipschitz is not None:
             return ok
-        gradient = evaluation.gradient(lam)
         value, new = evaluation.value(lam), trial_evaluation.value(lam)
-        decrease = new <= value - 0.5 * memory["step"] * gradient.square().sum(1)
-        # Near a minimum the decrease drowns in rounding. On a parabola it is enough exactly where
-        # the slope along the step has not changed its sign (the approximate Wolfe condition of
-        # Hager & Zhang, 2005, eq. 4.1, with delta = 1/2).
+        gradient = evaluation.gradient(lam)
+        promised = 0.5 * memory["step"] * gradient.square().sum(1)
+        enough = new <= value - promised
+        # Where that drowns in rounding the slope decides: on a parabola a step gives half of what
+        # it promises exactly if it does not lead beyond the minimum along its line.
         noise = (
-            4
-            * torch.finfo(value.dtype).eps
-            * (evaluation.data.abs() + lam * evaluation.prior.abs())
+            4 * torch.finfo(u.dtype).eps * (evaluation.data.abs() + (lam * evaluation.prior).abs())
         )
-        downhill = (trial_evaluation.gradient(lam) * gradient).sum(1) >= 0
-        enough = ok & (decrease | ((new <= value + noise) & downhill))
+        slope = (trial_evaluation.gradient(lam) * gradient).sum(1)
+        short = (new <= value + noise) & (slope >= 0)
+        enough = ok & torch.where(promised <= noise, short, enough)
         memory["step"] *= torch.where(enough, 1.5, 0.5)
         return enough
 
