@@ -7,7 +7,16 @@ import torch
 
 from skaipo._validation import to_numpy
 from skaipo.objective import MAPObjective
-from skaipo.solvers import STATUS, Method, Solution, continuation_path, minimize, mle_start
+from skaipo.solvers import (
+    STATUS,
+    GaussianMetric,
+    Method,
+    Solution,
+    continuation_path,
+    gaussian_start,
+    minimize,
+    mle_start,
+)
 
 __all__ = ["Problem", "Reconstruction", "solve_chunk"]
 
@@ -118,6 +127,8 @@ class Problem:
     max_evals : int
     tol : float
     mle_solver : str
+    surrogate : GaussianSurrogate or None
+        Where the method or the start can use it.
     history : bool
     """
 
@@ -132,6 +143,7 @@ class Problem:
     max_evals: int
     tol: float
     mle_solver: str
+    surrogate: object = None
     history: bool = field(default=False)
 
 
@@ -160,10 +172,13 @@ def solve_chunk(problem, y, starts):
         objective = MAPObjective(
             problem.prior.flow_, problem.op, problem.noise, y, problem.space, problem.penalty
         )
+        if problem.surrogate is not None:
+            objective.metric = GaussianMetric(problem.surrogate, objective)
         history = [] if problem.history else None
-        results = []
-        for lam, solution, n_evals, spent in _solutions(problem, objective, start, history):
+        results, spent = [], 0
+        for lam, solution, n_evals, so_far in _solutions(problem, objective, start, history):
             results.append(_result(objective, lam, solution, n_evals, history))
+            spent = so_far
         total += spent
         runs.append(results)
     return [_best(list(results)) for results in zip(*runs, strict=True)], total
@@ -219,7 +234,15 @@ def _solutions(problem, objective, start, history):
         yield lams.pop(0), solution, n_evals, int(n_evals.sum())
         objective.n_evals.copy_(before if mle else 0 * before)
     z0 = y.new_zeros(n, objective.n_features)
-    if not mle:
+    # Where a start fails: the mode of the latent space.
+    fallback = None
+    if not (isinstance(start, str) and start == "zero"):
+        fallback = objective.in_space("latent").image(z0) if objective.space == "image" else z0
+    if isinstance(start, str) and start == "gaussian":
+        # Where a path has a trunk the start is that of the trunk, whatever the targets.
+        trunk = getattr(problem.schedule, "trunk", lambda objective: lams)(objective)
+        u0 = gaussian_start(objective, torch.full_like(y[:, 0], trunk[0]))
+    elif not mle:
         u0 = z0 if isinstance(start, str) else start
         if objective.space == "image":
             u0 = objective.in_space("latent").image(u0)
@@ -229,10 +252,6 @@ def _solutions(problem, objective, start, history):
         solution = minimize(objective, u0, torch.full_like(y[:, 0], lam), problem.method, **options)
         yield lam, solution, objective.n_evals, int(objective.n_evals.sum())
         return
-    # Where the continuation fails: the mode of the latent space.
-    fallback = None
-    if not (isinstance(start, str) and start == "zero"):
-        fallback = objective.in_space("latent").image(z0) if objective.space == "image" else z0
     spent = 0
     for lam, (solution, n_evals, trunk) in zip(
         lams,

@@ -138,6 +138,16 @@ class MAPObjective:
         self.observed = measured & ~y.isnan()
         self.y = torch.where(self.observed, y, 0.0)
         self.n_evals = torch.zeros(len(y), dtype=torch.long, device=y.device)
+        self._metric = None
+
+    @property
+    def metric(self):
+        """Approximate curvature in image space (:class:`GaussianMetric`), or None."""
+        return self._metric if self.space == "image" else None
+
+    @metric.setter
+    def metric(self, metric):
+        self._metric = metric
 
     def __len__(self):
         return len(self.y)
@@ -153,6 +163,7 @@ class MAPObjective:
     def select(self, rows, *, space=None, penalty=None):
         """The objective of some rows alone, with counters of its own."""
         other = self.in_space(space or self.space, penalty)
+        other._metric = None  # it belongs to all rows
         for name in ("y", "observed", "n_evals"):
             setattr(other, name, getattr(self, name)[rows])
         return other

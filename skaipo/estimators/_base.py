@@ -22,11 +22,11 @@ from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
 from skaipo.operators._base import ShortRepr
 from skaipo.priors import FlowPrior
-from skaipo.solvers import LBFGS, MLE_SOLVERS, Adam, GradientDescent, Method
+from skaipo.solvers import LBFGS, MLE_SOLVERS, Adam, GradientDescent, Method, surrogate_of
 
 __all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior"]
 
-INITS = ("mle", "zero", "random")
+INITS = ("gaussian", "mle", "zero", "random")
 _METHODS = {"adam": Adam, "lbfgs": LBFGS, "gd": GradientDescent}
 
 
@@ -267,7 +267,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
     def _starts(self, y, flow):
         """The starts: "mle", "zero", or latents (n, d) for all rows."""
         first = check_choice("init", self.init, INITS)
-        kinds = [first, *(kind for kind in INITS[:2] if kind != first)][: self.n_starts]
+        kinds = [first, *(kind for kind in ("zero", "mle") if kind != first)][: self.n_starts]
         kinds += ["random"] * (self.n_starts - len(kinds))
         # Drawn for all rows at once: a row's start does not depend on the chunk it falls in.
         rng = check_random_state(self.random_state)
@@ -296,11 +296,19 @@ class Reconstructor(ShortRepr, BaseEstimator):
         op, noise = self._bind(prior)
         y, layout, _ = self._measurements(Y, op, flow=flow, mask=mask)
         starts = self._starts(y, flow)
+        method = self._method()
+        helps = self.space == "image" and getattr(method, "preconditioner", None) == "gaussian"
+        needed = "gaussian" in [start for start in starts if isinstance(start, str)]
+        if needed and not op.is_linear:
+            raise ValueError(
+                f"init='gaussian' needs a linear operator, {type(op).__name__} is not: use "
+                f"init='zero'."
+            )
         problem = Problem(
             prior=prior,
             op=op,
             noise=noise,
-            method=self._method(),
+            method=method,
             schedule=self._schedule(),
             space=check_choice("space", self.space, SPACES),
             penalty=check_choice("penalty", self.penalty, PENALTIES),
@@ -308,6 +316,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             max_evals=self.max_evals,
             tol=self.tol,
             mle_solver=check_choice("mle_solver", self.mle_solver, MLE_SOLVERS),
+            surrogate=surrogate_of(flow) if needed or (helps and op.is_linear) else None,
             history=history,
         )
         # The edges of the chunks follow batch_size alone: results do not depend on n_jobs.

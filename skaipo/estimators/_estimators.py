@@ -9,11 +9,16 @@ from skaipo._validation import check_batch, to_numpy
 from skaipo.estimators._base import Reconstructor, is_fitted, is_learnt
 from skaipo.objective import check_choice
 from skaipo.operators import as_operator
-from skaipo.solvers import GeometricSchedule, LinearSchedule
+from skaipo.solvers import AdaptiveSchedule, DirectSchedule, GeometricSchedule, LinearSchedule
 
 __all__ = ["AIPORegressor", "AIPOTransformer", "Continuation", "FixedLambdaMAP", "Regressor"]
 
-_SCHEDULES = {"linear": LinearSchedule, "geometric": GeometricSchedule}
+_SCHEDULES = {
+    "direct": DirectSchedule,
+    "linear": LinearSchedule,
+    "geometric": GeometricSchedule,
+    "adaptive": AdaptiveSchedule,
+}
 
 
 class Regressor(RegressorMixin, Reconstructor):
@@ -124,8 +129,13 @@ class Continuation:
         self.verbose = verbose
 
     def _schedule(self):
-        if hasattr(self.schedule, "stages") and not isinstance(self.schedule, type):
+        if hasattr(self.schedule, "last") and not isinstance(self.schedule, type):
             return self.schedule
+        if isinstance(self.schedule, str) and self.schedule == "theory":
+            raise ValueError(
+                "Algorithm 1 needs its constants: pass schedule=TheorySchedule(L, sigma, delta, C, "
+                "epsilon), from skaipo.solvers."
+            )
         return _SCHEDULES[check_choice("schedule", self.schedule, tuple(_SCHEDULES))]()
 
 

@@ -50,6 +50,10 @@ class Method(BaseEstimator):
     # do not go downhill all the time.
     patience = None
 
+    def prepare(self, objective):
+        """The method to use for this objective: itself, or a copy that knows more about it."""
+        return self
+
     def start(self, objective, u, evaluation, lam):
         """Return the memory for a batch that starts at ``u``."""
         raise TypeError(f"{type(self).__name__} does not implement start.")
@@ -120,6 +124,7 @@ def minimize(
         The converged iterate where there is one, otherwise the best that was seen.
     """
     n = len(objective)
+    method = method.prepare(objective)
     start = objective.n_evals.clone()
     budget = torch.zeros_like(start) + max_evals
     if evaluation is None:

@@ -1,7 +1,10 @@
 """Limited-memory BFGS for a batch of independent problems."""
 
+import copy
+
 import torch
 
+from skaipo.objective import check_choice
 from skaipo.solvers._base import Method
 
 __all__ = ["LBFGS"]
@@ -28,9 +31,19 @@ class LBFGS(Method):
         typical size.
     """
 
-    def __init__(self, memory=10, first_step=0.05):
+    def __init__(self, memory=30, first_step=0.05, preconditioner="gaussian"):
         self.memory = memory
         self.first_step = first_step
+        self.preconditioner = preconditioner
+
+    _metric = None
+
+    def prepare(self, objective):
+        if check_choice("preconditioner", self.preconditioner, ("gaussian", None)) is None:
+            return self
+        prepared = copy.copy(self)
+        prepared._metric = getattr(objective, "metric", None)
+        return prepared
 
     # Sufficient decrease, and how small a step may get before the memory is dropped.
     _ARMIJO = 1e-4
@@ -52,6 +65,11 @@ class LBFGS(Method):
             trials=torch.zeros(n, dtype=torch.long, device=u.device),
             steepest=torch.zeros(n, dtype=torch.bool, device=u.device),
             stuck=torch.zeros(n, dtype=torch.bool, device=u.device),
+            # Rows that do without the metric: where its steps have failed.
+            plain=torch.zeros(n, dtype=torch.bool, device=u.device),
+            # The prior's curvature over the surrogate's, along the last step.
+            ratio=torch.ones_like(lam),
+            row=torch.arange(n, device=u.device),
         )
         self._aim(memory, evaluation, lam, torch.ones_like(memory["stuck"]))
         return memory
@@ -84,7 +102,12 @@ class LBFGS(Method):
         norm = gradient.norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
         first = memory["length"][index] / norm
         gamma = first if gamma is None else torch.where(gamma.isnan(), first, gamma)
-        q = gamma[:, None] * q
+        if self._metric is None:
+            q = gamma[:, None] * q
+        else:
+            scaled = self._metric.solve(q, (memory["ratio"] * lam)[index], memory["row"][index])
+            plain = memory["plain"][index] | ~scaled.isfinite().all(1)
+            q = torch.where(plain[:, None], gamma[:, None] * q, scaled)
         for s, y, rho, alpha in reversed(pairs):
             q = q + (alpha - rho * _dot(y, q))[:, None] * s
         direction = -q
@@ -96,7 +119,10 @@ class LBFGS(Method):
         memory["slope"][index] = torch.where(bad, -first * norm.square(), slope)
         memory["step"][index] = 1.0
         memory["trials"][index] = 0
-        memory["steepest"][index] = bad | (count == 0)
+        steepest = bad | (count == 0)
+        if self._metric is not None:
+            steepest &= bad | memory["plain"][index]
+        memory["steepest"][index] = steepest
 
     def propose(self, memory, u, evaluation, lam, progress):
         return torch.addcmul(u, memory["step"][:, None], memory["direction"])
@@ -127,6 +153,11 @@ class LBFGS(Method):
             memory["y_data"][keep, slot] = y_data[good]
             memory["y_prior"][keep, slot] = y_prior[good]
             memory["count"][keep] += 1
+            if self._metric is not None:
+                ratio = self._metric.prior_ratio(s, y_prior)
+                memory["ratio"][index] = torch.where(
+                    ratio.isnan(), memory["ratio"][index], ratio.clamp(1e-3, 1e3)
+                )
             # What a restart may try first: about the length of the last good step.
             memory["length"][index] = s.norm(dim=1)
             self._aim(memory, evaluation.where(accept, trial_evaluation), lam, accept)
@@ -153,6 +184,7 @@ class LBFGS(Method):
 
     def soften(self, memory, rows):
         self.forget(memory, rows)
+        memory["plain"] |= rows
         memory["length"][rows] *= 0.1
 
     def stalled(self, memory, u):

@@ -5,7 +5,27 @@ import math
 import numpy as np
 from sklearn.base import BaseEstimator
 
-__all__ = ["AdaptiveSchedule", "GeometricSchedule", "LinearSchedule", "TheorySchedule"]
+__all__ = [
+    "AdaptiveSchedule",
+    "DirectSchedule",
+    "GeometricSchedule",
+    "LinearSchedule",
+    "TheorySchedule",
+]
+
+
+class DirectSchedule(BaseEstimator):
+    """No continuation: the target from the first step."""
+
+    tol = 0.0
+
+    def stages(self, objective, target, max_evals):
+        """No lambdas before the target."""
+        return [], 1
+
+    def last(self, max_evals):
+        """Evaluations at the target: all of them."""
+        return max_evals
 
 
 class LinearSchedule(BaseEstimator):

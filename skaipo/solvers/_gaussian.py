@@ -1,0 +1,299 @@
+"""A Gaussian that stands in for the prior: a start, and a metric for the solver's steps.
+
+No prior of natural data is Gaussian, but two moments know the scale of every direction, and
+together with the operator and the noise they give the curvature of the MAP objective up to what
+the flow adds. All of it is linear algebra: the flow is sampled once per prior.
+"""
+
+import hashlib
+import math
+from collections import OrderedDict
+
+import numpy as np
+import torch
+
+from skaipo.objective import MAPObjective
+
+__all__ = ["GaussianMetric", "GaussianSurrogate", "gaussian_start", "surrogate_of"]
+
+# Digest of the weights -> surrogate: clones and unpickled copies of a prior share it.
+_CACHE = OrderedDict()
+_CACHE_SIZE = 8
+_N_SAMPLES = 1024
+# Up to this dimension the covariance is kept whole.
+_WHOLE = 256
+
+
+def _cosines(n):
+    """Orthonormal DCT-II matrix (n, n)."""
+    k = torch.arange(n, dtype=torch.float64)
+    matrix = torch.cos(math.pi / n * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+class GaussianSurrogate:
+    """Mean and precision of a distribution, from its first two moments.
+
+    The principal components ``U`` have their variances ``e``; what is left has variances ``p``
+    in a fixed orthonormal basis ``F``: the cosine transform of images, whose pixels correlate with
+    their neighbours, and the canonical basis of vectors. The precision is
+    ``U diag(1/e) U^T + Q F^T diag(1/p) F Q`` with ``Q = I - U U^T``.
+
+    Attributes
+    ----------
+    mean : torch.Tensor of shape (d,)
+    basis : torch.Tensor of shape (d, k)
+        ``U``.
+    variances : torch.Tensor of shape (k,)
+        ``e``.
+    residual : torch.Tensor of shape (d,), or None
+        ``p``; None if the components are all there is.
+    axes : list of torch.Tensor
+        One orthonormal matrix per axis of the event; ``F`` is their Kronecker product. Empty for
+        the canonical basis.
+    """
+
+    def __init__(self, mean, basis, variances, residual, axes):
+        self.mean = mean
+        self.basis = basis
+        self.variances = variances
+        self.residual = residual
+        self.axes = axes
+
+    def to(self, like):
+        """A copy of the dtype and device of a tensor."""
+        residual = None if self.residual is None else self.residual.to(like)
+        return GaussianSurrogate(
+            self.mean.to(like),
+            self.basis.to(like),
+            self.variances.to(like),
+            residual,
+            [axis.to(like) for axis in self.axes],
+        )
+
+    @classmethod
+    def from_samples(cls, x, event_shape):
+        """Moments of samples (n, d), but for those that are not finite or far outside the rest."""
+        x = x[x.isfinite().all(1)].double()
+        # The few wild samples of an imperfect flow would otherwise be the first components.
+        size = (x - x.median(0).values).norm(dim=1)
+        x = x[size <= 3 * size.median()]
+        n, d = x.shape
+        is_image = len(event_shape) == 3 and d > _WHOLE
+        k = d if d <= min(_WHOLE, n // 4) else min(32 if is_image else _WHOLE, n // 4)
+        mean = x.mean(0)
+        centred = x - mean
+        _, singular, components = torch.linalg.svd(centred, full_matrices=False)
+        variances = singular.square()[:k] / n
+        floor = max(1e-9 * float(centred.square().mean()), torch.finfo(torch.float32).tiny)
+        basis = components[:k].T.contiguous()
+        surrogate = cls(mean, basis, variances.clamp_min(floor), None, [])
+        if k < d:
+            rest = centred - (centred @ basis) @ basis.T
+            if is_image:
+                colours = rest.reshape(n, *event_shape).transpose(0, 1).flatten(1)
+                _, rotation = torch.linalg.eigh(colours @ colours.T)
+                _, height, width = event_shape
+                surrogate.axes = [rotation.T.contiguous(), _cosines(height), _cosines(width)]
+            spread = surrogate.analyse(rest).square().mean(0) * (d / (d - k))
+            surrogate.residual = spread.clamp_min(floor)
+        return surrogate
+
+    def analyse(self, v):
+        """``F v`` for rows (n, d)."""
+        return self._transform(v, self.axes)
+
+    def synthesise(self, c):
+        """``F^T c`` for rows (n, d)."""
+        return self._transform(c, [axis.T for axis in self.axes])
+
+    @staticmethod
+    def _transform(v, axes):
+        if not axes:
+            return v
+        colours, rows, columns = axes
+        n, d = v.shape
+        v = v.reshape(n * len(colours), len(rows), len(columns))
+        v = torch.matmul(torch.matmul(rows, v), columns.T)
+        return torch.matmul(colours, v.reshape(n, len(colours), -1)).reshape(n, d)
+
+
+def surrogate_of(flow, seed=0):
+    """The surrogate of a flow, from samples with a fixed seed; cached by the flow's weights."""
+    digest = hashlib.blake2b(repr(flow.event_shape).encode(), digest_size=16)
+    for name, tensor in flow.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    key = digest.digest()
+    if key not in _CACHE:
+        generator = torch.Generator().manual_seed(seed)
+        batches = [flow.sample(64, generator=generator).flatten(1) for _ in range(_N_SAMPLES // 64)]
+        _CACHE[key] = GaussianSurrogate.from_samples(torch.cat(batches).cpu(), flow.event_shape)
+        while len(_CACHE) > _CACHE_SIZE:
+            _CACHE.popitem(last=False)
+    _CACHE.move_to_end(key)
+    return _CACHE[key]
+
+
+def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0)):
+    """Start from what the solution would be if the prior were Gaussian.
+
+    Parameters
+    ----------
+    objective : MAPObjective
+        With a metric.
+    lam : torch.Tensor of shape (n,)
+        Target.
+    factors : tuple of float
+        The surrogate is wider than the prior around any one image, so that more weight than
+        ``lam`` often fits better: each row takes the factor whose image has the lowest objective,
+        at one evaluation per factor.
+
+    Returns
+    -------
+    u : torch.Tensor of shape (n, d)
+        In the objective's space.
+    """
+    image = objective.in_space("image")
+    best = value = None
+    for factor in factors:
+        x = image.metric.start(factor * lam)
+        evaluation = image.evaluate(x)
+        new = torch.where(evaluation.finite(), evaluation.value(lam), torch.inf)
+        if best is None:
+            best, value = x, new
+        else:
+            lower = new < value
+            best, value = torch.where(lower[:, None], x, best), torch.where(lower, new, value)
+    return objective.variable(best)
+
+
+class GaussianMetric:
+    """Curvature of the MAP objective in image space, if the prior were its Gaussian surrogate.
+
+    ``H(lam) = A^T W A + lam S`` with the operator ``A``, the noise's curvature ``W`` (zero where
+    nothing was measured) and the surrogate's precision ``S``.
+
+    Parameters
+    ----------
+    surrogate : GaussianSurrogate
+    objective : MAPObjective
+        With a linear operator.
+    """
+
+    def __init__(self, surrogate, objective):
+        y = objective.y
+        self.op = objective.op
+        self.surrogate = surrogate.to(y)
+        self.y = y
+        weight = torch.where(objective.observed, _curvature(objective.noise, y), 0.0)
+        # Rows with the same weights share the small matrices.
+        self.weight, self.group = torch.unique(weight, dim=0, return_inverse=True)
+        self._zero = self.op.forward(torch.zeros_like(self.surrogate.mean)[None])
+        basis, spread = self.surrogate.basis, self.surrogate.variances.sqrt()
+        columns = self._linear(basis.T)
+        small = torch.stack([(columns * w) @ columns.T for w in self.weight])
+        curvature, rotation = torch.linalg.eigh((spread[:, None] * small * spread).double())
+        self.curvature = curvature.clamp_min(0).to(y)
+        self.rotation = (spread[:, None] * rotation).to(y)
+        # Mean of the diagonal of A^T W A, by Hutchinson's estimator.
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (16, basis.shape[0]))
+        images = self._linear(torch.from_numpy(signs).to(y)).square()
+        self.level = (self.weight @ images.mean(0)) / basis.shape[0]
+
+    def _linear(self, v):
+        return self.op.forward(v) - self._zero
+
+    def _block(self, g, lam, group):
+        """Inverse of ``H`` on the components, and apart from them as if ``A^T W A`` were even."""
+        s = self.surrogate
+        along = g @ s.basis
+        rotation = self.rotation[group]
+        inner = torch.bmm(along[:, None], rotation)
+        inner = inner / (self.curvature[group] + lam[:, None])[:, None]
+        inner = torch.bmm(inner, rotation.transpose(1, 2))[:, 0]
+        if s.residual is None:
+            return inner @ s.basis.T
+        across = s.analyse(g - along @ s.basis.T)
+        across = s.synthesise(across / (self.level[group, None] + lam[:, None] / s.residual))
+        return across + (inner - across @ s.basis) @ s.basis.T
+
+    def _apply(self, v, lam, group):
+        """``H(lam) v``."""
+        s = self.surrogate
+        along = v @ s.basis
+        prior = along / s.variances
+        if s.residual is None:
+            prior = prior @ s.basis.T
+        else:
+            across = s.synthesise(s.analyse(v - along @ s.basis.T) / s.residual)
+            prior = across + (prior - across @ s.basis) @ s.basis.T
+        return self.op.adjoint(self._linear(v) * self.weight[group]) + lam[:, None] * prior
+
+    def solve(self, g, lam, rows):
+        """Approximate ``H(lam)^-1 g`` for gradients (k, d) of some rows, each by itself."""
+        return MAPObjective._padded(self._block, g, lam, self.group[rows])
+
+    def start(self, lam, steps=32):
+        """The minimiser if the prior were Gaussian, (n, d): for that noise, the Wiener filter.
+
+        By conjugate gradients, preconditioned by :meth:`solve` (Nocedal & Wright, 2006, algorithm
+        5.3), each row by itself.
+        """
+        return MAPObjective._padded(
+            lambda y, lam, group: self._conjugate_gradients(y, lam, group, steps),
+            self.y,
+            lam,
+            self.group,
+        )
+
+    def _conjugate_gradients(self, y, lam, group, steps):
+        weight, x = self.weight[group], self.surrogate.mean.expand(len(y), -1)
+        misfit = torch.where(weight > 0, y - self.op.forward(x), 0.0)
+        residual = self.op.adjoint(weight * misfit)
+        p = z = self._block(residual, lam, group)
+        size = (residual * z).sum(1)
+        for _ in range(steps):
+            hp = self._apply(p, lam, group)
+            curvature = (p * hp).sum(1)
+            alpha = torch.where(curvature > 0, size / curvature, 0.0)[:, None]
+            x = torch.addcmul(x, alpha, p)
+            residual = torch.addcmul(residual, -alpha, hp)
+            z = self._block(residual, lam, group)
+            new = (residual * z).sum(1)
+            p = torch.addcmul(z, torch.where(size > 0, new / size, 0.0)[:, None], p)
+            size = new
+        return x
+
+    def prior_ratio(self, step, change):
+        """Curvature of the prior over the surrogate's along steps (k, d), ``s^T y / s^T S s``.
+
+        ``change`` is that of the prior's gradient. NaN where the prior is not convex.
+        """
+        curvature = (step * change).sum(1)
+        ratio = curvature / MAPObjective._padded(self._size, step)
+        return torch.where(curvature > 0, ratio, torch.nan)
+
+    def _size(self, v):
+        """``v^T S v``."""
+        s = self.surrogate
+        along = v @ s.basis
+        size = (along.square() / s.variances).sum(1)
+        if s.residual is not None:
+            across = s.analyse(v - along @ s.basis.T)
+            size = size + (across.square() / s.residual).sum(1)
+        return size
+
+
+def _curvature(noise, y):
+    """Second derivative of the noise's nll with respect to ``f(x)`` where it equals ``y``."""
+    with torch.enable_grad():
+        prediction = y.detach().requires_grad_()
+        nll = noise.nll(prediction, y).sum()
+        (first,) = torch.autograd.grad(nll, prediction, create_graph=True)
+        second = torch.zeros_like(y)
+        if first.requires_grad:
+            (second,) = torch.autograd.grad(first.sum(), prediction)
+    usable = second.isfinite() & (second > 0)
+    return torch.where(usable, second, noise.max_curvature()).detach()
