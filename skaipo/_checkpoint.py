@@ -41,7 +41,7 @@ def describe_run(problem, y, start, batch_size):
     Parameters
     ----------
     problem : Problem
-        Every field of it counts.
+        Every field of it counts, but for the surrogate, which follows from the prior.
     y : torch.Tensor of shape (n, m)
         Measurements, NaN where there are none.
     start : str or torch.Tensor
@@ -69,7 +69,11 @@ def describe_run(problem, y, start, batch_size):
             "is": f"{len(y)} rows of {y.shape[1]} values, {int(missing.sum())} of them missing",
             "sha256": fingerprint((missing, measured)),
         },
-        **{f.name: _part(f.name, getattr(problem, f.name)) for f in fields(problem)},
+        **{
+            f.name: _part(f.name, getattr(problem, f.name))
+            for f in fields(problem)
+            if f.name != "surrogate"
+        },
         start=_part("start", start),
         batch_size=int(batch_size),
         dtype=str(y.dtype),

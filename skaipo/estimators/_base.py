@@ -22,12 +22,20 @@ from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
 from skaipo.operators._base import ShortRepr
 from skaipo.priors import FlowPrior
-from skaipo.solvers import LBFGS, MLE_SOLVERS, Adam, GradientDescent, Method, surrogate_of
+from skaipo.solvers import (
+    LBFGS,
+    MLE_SOLVERS,
+    Adam,
+    GradientDescent,
+    Hybrid,
+    Method,
+    surrogate_of,
+)
 
 __all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior"]
 
-INITS = ("gaussian", "mle", "zero", "random")
-_METHODS = {"adam": Adam, "lbfgs": LBFGS, "gd": GradientDescent}
+INITS = ("auto", "gaussian", "mle", "zero", "random")
+_METHODS = {"hybrid": Hybrid, "lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 
 
 def is_prior(obj):
@@ -264,9 +272,11 @@ class Reconstructor(ShortRepr, BaseEstimator):
             return self.solver
         return _METHODS[check_choice("solver", self.solver, tuple(_METHODS))]()
 
-    def _starts(self, y, flow):
-        """The starts: "mle", "zero", or latents (n, d) for all rows."""
+    def _starts(self, y, flow, op):
+        """The starts: "gaussian", "mle", "zero", or latents (n, d) for all rows."""
         first = check_choice("init", self.init, INITS)
+        if first == "auto":
+            first = "gaussian" if op.is_linear else "zero"
         kinds = [first, *(kind for kind in ("zero", "mle") if kind != first)][: self.n_starts]
         kinds += ["random"] * (self.n_starts - len(kinds))
         # Drawn for all rows at once: a row's start does not depend on the chunk it falls in.
@@ -295,9 +305,9 @@ class Reconstructor(ShortRepr, BaseEstimator):
         flow = prior.flow_
         op, noise = self._bind(prior)
         y, layout, _ = self._measurements(Y, op, flow=flow, mask=mask)
-        starts = self._starts(y, flow)
+        starts = self._starts(y, flow, op)
         method = self._method()
-        helps = self.space == "image" and getattr(method, "preconditioner", None) == "gaussian"
+        helps = self.space == "image" and method.wants_metric
         needed = "gaussian" in [start for start in starts if isinstance(start, str)]
         if needed and not op.is_linear:
             raise ValueError(

@@ -1,11 +1,12 @@
 """The loop that all solvers share: every row has its own lambda, step, budget and status."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from sklearn.base import BaseEstimator
 
-from skaipo.objective import Evaluation
+from skaipo.objective import Evaluation, check_choice
 
 __all__ = ["STATUS", "Method", "Solution", "minimize"]
 
@@ -50,6 +51,11 @@ class Method(BaseEstimator):
     # do not go downhill all the time.
     patience = None
 
+    @property
+    def wants_metric(self):
+        """Whether the method can use a :class:`GaussianMetric`."""
+        return getattr(self, "preconditioner", None) == "gaussian"
+
     def prepare(self, objective):
         """The method to use for this objective: itself, or a copy that knows more about it."""
         return self
@@ -75,9 +81,20 @@ class Method(BaseEstimator):
     def soften(self, memory, rows):
         """Forget the past and take smaller steps in the rows of a boolean mask."""
 
-    def stalled(self, memory, u):
-        """Rows whose steps have become too small to matter, shape (n,)."""
-        return torch.zeros(len(u), dtype=torch.bool, device=u.device)
+    def stalled(self, memory, idle):
+        """Rows that will not get any further, shape (n,). ``idle``: evaluations without decrease"""
+        if self.patience is None:
+            return torch.zeros_like(idle, dtype=torch.bool)
+        return idle >= self.patience
+
+
+def with_metric(method, objective):
+    """A method that steps in the objective's metric, if it asks for one and there is one."""
+    if check_choice("preconditioner", method.preconditioner, ("gaussian", None)) is None:
+        return method
+    prepared = copy.copy(method)
+    prepared._metric = getattr(objective, "metric", None)
+    return prepared
 
 
 def minimize(
@@ -208,10 +225,7 @@ def minimize(
         running = status[rows] == _RUNNING
         status[rows[running & (objective.n_evals[rows] >= active["budget"])]] = BUDGET
         running = status[rows] == _RUNNING
-        stalled = method.stalled(memory, active["u"])
-        if method.patience is not None:
-            stalled = stalled | (active["idle"] >= method.patience)
-        status[rows[running & stalled]] = STALLED
+        status[rows[running & method.stalled(memory, active["idle"])]] = STALLED
         settle()
         if len(rows) == 0:
             return final

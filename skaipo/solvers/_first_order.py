@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from skaipo.solvers._base import Method
+from skaipo.solvers._base import Method, with_metric
 
 __all__ = ["Adam", "GradientDescent"]
 
@@ -14,29 +14,61 @@ class Adam(Method):
 
     Parameters
     ----------
-    learning_rate : float, default=0.02
+    learning_rate : float, default=None
         In units of the variable's typical size: the data's standard deviation in image space, 1
-        in latent space.
+        in latent space. With the preconditioner, in standard deviations of the Gaussian posterior.
+        None: 0.02; with the preconditioner 0.3.
     betas : tuple of float, default=(0.9, 0.999)
     final_rate : float, default=0.01
         Share of the learning rate that is left when the budget ends, along half a cosine over the
         stage at the target lambda. 1 keeps it constant.
+    warm_up : float, default=0.0
+        Share of the same stage over which the learning rate rises to its value. (The first steps'
+        moments are those of single gradients.)
+    preconditioner : {"gaussian", None}, default=None
+        "gaussian": where the objective has a :class:`GaussianMetric` (in image space), the moments
+        are those of the gradient in coordinates that make its Gaussian posterior white.
     """
 
-    def __init__(self, learning_rate=0.02, betas=(0.9, 0.999), final_rate=0.01):
+    def __init__(
+        self,
+        learning_rate=None,
+        betas=(0.9, 0.999),
+        final_rate=0.01,
+        warm_up=0.0,
+        preconditioner=None,
+    ):
         self.learning_rate = learning_rate
         self.betas = betas
         self.final_rate = final_rate
+        self.warm_up = warm_up
+        self.preconditioner = preconditioner
+
+    _metric = None
+
+    def prepare(self, objective):
+        return with_metric(self, objective)
 
     def start(self, objective, u, evaluation, lam):
+        row = torch.arange(len(u), device=u.device)
+        moment = torch.zeros_like(u)
+        if self._metric is not None:
+            moment = torch.zeros_like(self._metric.whiten(u, lam, row))
         return dict(
-            mean=torch.zeros_like(u),
-            square=torch.zeros_like(u),
+            mean=moment,
+            square=moment.clone(),
+            row=row,
             # betas to the power of the number of steps; products, because the vectorised power
             # rounds differently from row to row.
             powers=lam.new_ones(len(lam), 2),
-            rate=torch.full_like(lam, self.learning_rate * objective.scale()),
+            rate=torch.full_like(lam, self._rate(objective)),
         )
+
+    def _rate(self, objective):
+        if self._metric is not None:
+            return 0.3 if self.learning_rate is None else self.learning_rate
+        rate = 0.02 if self.learning_rate is None else self.learning_rate
+        return rate * objective.scale()
 
     def direction(self, memory, gradient):
         """Update the moments by a gradient; return the bias-corrected step of unit rate."""
@@ -50,7 +82,15 @@ class Adam(Method):
 
     def propose(self, memory, u, evaluation, lam, progress):
         decay = self.final_rate + (1 - self.final_rate) * 0.5 * (1 + (math.pi * progress).cos())
-        step = self.direction(memory, evaluation.gradient(lam))
+        if self.warm_up > 0:
+            decay = decay * ((progress + 0.01) / self.warm_up).clamp_max(1.0)
+        gradient = evaluation.gradient(lam)
+        if self._metric is None:
+            step = self.direction(memory, gradient)
+        else:
+            row = memory["row"]
+            step = self.direction(memory, self._metric.whiten(gradient, lam, row))
+            step = self._metric.colour(step, lam, row)
         return u + (memory["rate"] * decay)[:, None] * step
 
     def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):

@@ -5,13 +5,14 @@ together with the operator and the noise they give the curvature of the MAP obje
 the flow adds. All of it is linear algebra: the flow is sampled once per prior.
 """
 
-import hashlib
 import math
 from collections import OrderedDict
 
 import numpy as np
 import torch
 
+from skaipo._fingerprint import fingerprint
+from skaipo._validation import to_tensor
 from skaipo.objective import MAPObjective
 
 __all__ = ["GaussianMetric", "GaussianSurrogate", "gaussian_start", "surrogate_of"]
@@ -121,11 +122,7 @@ class GaussianSurrogate:
 
 def surrogate_of(flow, seed=0):
     """The surrogate of a flow, from samples with a fixed seed; cached by the flow's weights."""
-    digest = hashlib.blake2b(repr(flow.event_shape).encode(), digest_size=16)
-    for name, tensor in flow.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    key = digest.digest()
+    key = fingerprint((type(flow), flow.event_shape, dict(flow.state_dict())))
     if key not in _CACHE:
         generator = torch.Generator().manual_seed(seed)
         batches = [flow.sample(64, generator=generator).flatten(1) for _ in range(_N_SAMPLES // 64)]
@@ -199,25 +196,42 @@ class GaussianMetric:
         self.rotation = (spread[:, None] * rotation).to(y)
         # Mean of the diagonal of A^T W A, by Hutchinson's estimator.
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (16, basis.shape[0]))
-        images = self._linear(torch.from_numpy(signs).to(y)).square()
+        images = self._linear(to_tensor(signs).to(y)).square()
         self.level = (self.weight @ images.mean(0)) / basis.shape[0]
 
     def _linear(self, v):
         return self.op.forward(v) - self._zero
 
+    def _scales(self, lam, group):
+        """Standard deviations of the Gaussian posterior along its coordinates."""
+        s = self.surrogate
+        inner = (self.curvature[group] + lam[:, None]).rsqrt()
+        if s.residual is None:
+            return inner, None
+        return inner, (self.level[group, None] + lam[:, None] / s.residual).rsqrt()
+
+    def _whiten(self, g, lam, group):
+        s = self.surrogate
+        inner, outer = self._scales(lam, group)
+        along = g @ s.basis
+        c = torch.bmm(along[:, None], self.rotation[group])[:, 0] * inner
+        if outer is None:
+            return c
+        return torch.cat((c, s.analyse(g - along @ s.basis.T) * outer), 1)
+
+    def _colour(self, c, lam, group):
+        s = self.surrogate
+        inner, outer = self._scales(lam, group)
+        k = s.basis.shape[1]
+        along = torch.bmm(self.rotation[group], (c[:, :k] * inner)[:, :, None])[:, :, 0]
+        if outer is None:
+            return along @ s.basis.T
+        across = s.synthesise(c[:, k:] * outer)
+        return across + (along - across @ s.basis) @ s.basis.T
+
     def _block(self, g, lam, group):
         """Inverse of ``H`` on the components, and apart from them as if ``A^T W A`` were even."""
-        s = self.surrogate
-        along = g @ s.basis
-        rotation = self.rotation[group]
-        inner = torch.bmm(along[:, None], rotation)
-        inner = inner / (self.curvature[group] + lam[:, None])[:, None]
-        inner = torch.bmm(inner, rotation.transpose(1, 2))[:, 0]
-        if s.residual is None:
-            return inner @ s.basis.T
-        across = s.analyse(g - along @ s.basis.T)
-        across = s.synthesise(across / (self.level[group, None] + lam[:, None] / s.residual))
-        return across + (inner - across @ s.basis) @ s.basis.T
+        return self._colour(self._whiten(g, lam, group), lam, group)
 
     def _apply(self, v, lam, group):
         """``H(lam) v``."""
@@ -234,6 +248,17 @@ class GaussianMetric:
     def solve(self, g, lam, rows):
         """Approximate ``H(lam)^-1 g`` for gradients (k, d) of some rows, each by itself."""
         return MAPObjective._padded(self._block, g, lam, self.group[rows])
+
+    def whiten(self, g, lam, rows):
+        """Gradients (k, d) of some rows with respect to coordinates in which ``H`` is about 1.
+
+        The coordinates (k, p) are those along the components, and those of what is left.
+        """
+        return MAPObjective._padded(self._whiten, g, lam, self.group[rows])
+
+    def colour(self, c, lam, rows):
+        """Steps (k, d) in image space from steps (k, p) in the coordinates of :meth:`whiten`."""
+        return MAPObjective._padded(self._colour, c, lam, self.group[rows])
 
     def start(self, lam, steps=32):
         """The minimiser if the prior were Gaussian, (n, d): for that noise, the Wiener filter.

@@ -1,11 +1,8 @@
 """Limited-memory BFGS for a batch of independent problems."""
 
-import copy
-
 import torch
 
-from skaipo.objective import check_choice
-from skaipo.solvers._base import Method
+from skaipo.solvers._base import Method, with_metric
 
 __all__ = ["LBFGS"]
 
@@ -24,30 +21,35 @@ class LBFGS(Method):
 
     Parameters
     ----------
-    memory : int, default=10
+    memory : int, default=30
         Number of curvature pairs.
     first_step : float, default=0.05
         Length of the first step, per square root of the dimension, in units of the variable's
         typical size.
+    preconditioner : {"gaussian", None}, default="gaussian"
+        "gaussian": where the objective has a :class:`GaussianMetric` (in image space), the
+        two-loop recursion starts from its inverse instead of a multiple of the identity.
+    give_up : float in (0, 1), default=None
+        A row has stalled when more than this share of its trials has failed, and at least three.
+        None: never for that reason.
     """
 
-    def __init__(self, memory=30, first_step=0.05, preconditioner="gaussian"):
+    def __init__(self, memory=30, first_step=0.05, preconditioner="gaussian", give_up=None):
         self.memory = memory
         self.first_step = first_step
         self.preconditioner = preconditioner
+        self.give_up = give_up
 
     _metric = None
 
     def prepare(self, objective):
-        if check_choice("preconditioner", self.preconditioner, ("gaussian", None)) is None:
-            return self
-        prepared = copy.copy(self)
-        prepared._metric = getattr(objective, "metric", None)
-        return prepared
+        return with_metric(self, objective)
 
     # Sufficient decrease, and how small a step may get before the memory is dropped.
     _ARMIJO = 1e-4
     _MAX_TRIALS = 12
+    # Failures before a row may give up: the first steps may be of the wrong length.
+    _MIN_FAILED = 3
     # Twice what it takes to shorten the step, drop the memory and shorten the step again.
     patience = 4 * _MAX_TRIALS
 
@@ -69,6 +71,8 @@ class LBFGS(Method):
             plain=torch.zeros(n, dtype=torch.bool, device=u.device),
             # The prior's curvature over the surrogate's, along the last step.
             ratio=torch.ones_like(lam),
+            tried=torch.zeros_like(lam),
+            failed=torch.zeros_like(lam),
             row=torch.arange(n, device=u.device),
         )
         self._aim(memory, evaluation, lam, torch.ones_like(memory["stuck"]))
@@ -139,6 +143,9 @@ class LBFGS(Method):
         new_slope = _dot(trial_evaluation.gradient(lam), memory["direction"])
         flat = (new <= value + noise) & (new_slope <= (2 * self._ARMIJO - 1) * slope)
         accept = ok & (decrease | flat)
+        memory["tried"] += 1
+        # (Failures within rounding are those of a row that has arrived.)
+        memory["failed"] += ~(new <= value + evaluation.rounding(lam))
 
         index = accept.nonzero().flatten()
         if len(index):
@@ -187,5 +194,12 @@ class LBFGS(Method):
         memory["plain"] |= rows
         memory["length"][rows] *= 0.1
 
-    def stalled(self, memory, u):
-        return memory["stuck"]
+    def gave_up(self, memory):
+        """Rows whose trials fail too often for a smooth objective, shape (n,)."""
+        if self.give_up is None:
+            return torch.zeros_like(memory["stuck"])
+        few = memory["failed"] < self._MIN_FAILED
+        return ~few & (memory["failed"] > self.give_up * memory["tried"])
+
+    def stalled(self, memory, idle):
+        return memory["stuck"] | self.gave_up(memory) | super().stalled(memory, idle)

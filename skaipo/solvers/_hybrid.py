@@ -1,0 +1,123 @@
+"""Quasi-Newton steps while the objective is smooth, annealed first-order steps where it is not."""
+
+from contextlib import contextmanager
+
+import torch
+
+from skaipo.solvers._base import Method
+from skaipo.solvers._first_order import Adam
+from skaipo.solvers._lbfgs import LBFGS
+
+__all__ = ["Hybrid"]
+
+_SMOOTH = LBFGS(give_up=0.25)
+_ROUGH = Adam(warm_up=0.1, preconditioner="gaussian")
+
+
+
+class Hybrid(Method):
+    """L-BFGS for each row until its line search keeps failing, then annealed Adam.
+
+    A flow's networks are often piecewise linear, and the log-density of its images then has a kink
+    wherever one of their units switches. Where a step crosses few of them, L-BFGS converges to any
+    tolerance within some dozen evaluations. Where it crosses thousands, as in flows of images, the
+    gradient at one point says little about the next, half of the trial steps fail, and L-BFGS
+    stalls above what Adam reaches, whose moments average over the kinks and whose steps shrink by
+    plan. Each row finds out by itself which of the two it is.
+
+    Parameters
+    ----------
+    smooth : LBFGS, default=None
+        None: ``LBFGS(give_up=0.25)``, which hands a row over when a quarter of its trials fails.
+    rough : Method, default=None
+        None: ``Adam(warm_up=0.1, preconditioner="gaussian")``.
+    """
+
+    def __init__(self, smooth=None, rough=None):
+        self.smooth = smooth
+        self.rough = rough
+
+    @property
+    def wants_metric(self):
+        return any(method.wants_metric for method in self._both())
+
+    def _both(self):
+        return (
+            _SMOOTH if self.smooth is None else self.smooth,
+            _ROUGH if self.rough is None else self.rough,
+        )
+
+    def prepare(self, objective):
+        return Hybrid(*(method.prepare(objective) for method in self._both()))
+
+    def start(self, objective, u, evaluation, lam):
+        memory = dict(
+            changed=torch.zeros_like(lam, dtype=torch.bool),
+            # Share of the budget that was spent, now and when the row changed over.
+            progress=torch.zeros_like(lam),
+            since=torch.zeros_like(lam),
+        )
+        for part, method in zip(("smooth", "rough"), self._both(), strict=True):
+            for key, value in method.start(objective, u, evaluation, lam).items():
+                memory[f"{part}.{key}"] = value
+        return memory
+
+    @contextmanager
+    def _part(self, memory, part):
+        """One of the methods, and its own part of the memory."""
+        prefix = part + "."
+        own = {k.removeprefix(prefix): v for k, v in memory.items() if k.startswith(prefix)}
+        yield self._both()[part == "rough"], own
+        for key, value in own.items():
+            memory[prefix + key] = value
+
+    def propose(self, memory, u, evaluation, lam, progress):
+        changed, since = memory["changed"], memory["since"]
+        memory["progress"] = progress
+        with self._part(memory, "smooth") as (smooth, own):
+            trial = smooth.propose(own, u, evaluation, lam, progress)
+        if changed.any():
+            left = ((progress - since) / (1 - since).clamp_min(1e-6)).clamp(0, 1)
+            with self._part(memory, "rough") as (rough, own):
+                step = rough.propose(own, u, evaluation, lam, left)
+                # The others' turn has not come.
+                rough.forget(own, ~changed)
+            trial = torch.where(changed[:, None], step, trial)
+        return trial
+
+    def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
+        changed = memory["changed"]
+        args = u, evaluation, trial, trial_evaluation, lam
+        accept = torch.zeros_like(changed)
+        if not changed.all():
+            with self._part(memory, "smooth") as (smooth, own):
+                accept = smooth.update(own, *args, ok & ~changed) & ~changed
+                gave_up = smooth.gave_up(own) & ~changed
+            memory["since"] = torch.where(gave_up, memory["progress"], memory["since"])
+            memory["changed"] = changed | gave_up
+        if changed.any():
+            with self._part(memory, "rough") as (rough, own):
+                accept = accept | (rough.update(own, *args, ok & changed) & changed)
+        return accept
+
+    def retarget(self, memory, u, evaluation, lam, rows):
+        memory["since"] = torch.where(rows, 0.0, memory["since"])
+        with self._part(memory, "smooth") as (smooth, own):
+            smooth.retarget(own, u, evaluation, lam, rows & ~memory["changed"])
+        with self._part(memory, "rough") as (rough, own):
+            rough.retarget(own, u, evaluation, lam, rows & memory["changed"])
+
+    def forget(self, memory, rows):
+        for part in ("smooth", "rough"):
+            with self._part(memory, part) as (method, own):
+                method.forget(own, rows)
+
+    def soften(self, memory, rows):
+        with self._part(memory, "smooth") as (smooth, own):
+            smooth.soften(own, rows & ~memory["changed"])
+        with self._part(memory, "rough") as (rough, own):
+            rough.soften(own, rows & memory["changed"])
+
+    def stalled(self, memory, idle):
+        with self._part(memory, "smooth") as (smooth, own):
+            return smooth.stalled(own, idle) & ~memory["changed"]
