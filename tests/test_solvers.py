@@ -29,6 +29,7 @@ from skaipo.solvers import (
     Adam,
     GeometricSchedule,
     GradientDescent,
+    Hybrid,
     LinearSchedule,
     Method,
     continuation,
@@ -655,8 +656,12 @@ def test_lbfgs_is_warm_at_the_next_lambda():
 
 
 def test_methods_are_estimators_with_a_contract():
-    method = clone(LBFGS(memory=3, first_step=0.2))
-    assert method.get_params() == dict(memory=3, first_step=0.2)
+    method = clone(LBFGS(memory=3, first_step=0.2, preconditioner=None))
+    expected = dict(memory=3, first_step=0.2, preconditioner=None, give_up=None)
+    assert method.get_params() == expected
+    hybrid = clone(Hybrid(smooth=method, rough=Adam(learning_rate=0.1)))
+    assert hybrid.smooth is not method and hybrid.smooth.get_params() == expected
+    assert hybrid.rough.learning_rate == 0.1 and repr(Hybrid()) == "Hybrid()"
     assert repr(Adam(learning_rate=0.5)) == "Adam(learning_rate=0.5)"
     for call in (
         lambda m: m.start(None, None, None, None),
