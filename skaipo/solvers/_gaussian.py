@@ -17,7 +17,7 @@ from skaipo.objective import MAPObjective
 
 __all__ = ["GaussianMetric", "GaussianSurrogate", "gaussian_start", "surrogate_of"]
 
-# Digest of the weights -> surrogate: clones and unpickled copies of a prior share it.
+# Digest of the flow -> surrogate: clones and unpickled copies of a prior share it.
 _CACHE = OrderedDict()
 _CACHE_SIZE = 8
 _N_SAMPLES = 1024
@@ -121,8 +121,11 @@ class GaussianSurrogate:
 
 
 def surrogate_of(flow, seed=0):
-    """The surrogate of a flow, from samples with a fixed seed; cached by the flow's weights."""
-    key = fingerprint((type(flow), flow.event_shape, dict(flow.state_dict())))
+    """The surrogate of a flow, from samples with a fixed seed; cached by what the flow holds."""
+    try:
+        key = fingerprint(flow)
+    except Exception:  # Pickling runs the objects' own code; a flow that does not pickle is itself.
+        key = flow, fingerprint(dict(flow.state_dict()))
     if key not in _CACHE:
         generator = torch.Generator().manual_seed(seed)
         batches = [flow.sample(64, generator=generator).flatten(1) for _ in range(_N_SAMPLES // 64)]
@@ -205,10 +208,14 @@ class GaussianMetric:
     def _scales(self, lam, group):
         """Standard deviations of the Gaussian posterior along its coordinates."""
         s = self.surrogate
-        inner = (self.curvature[group] + lam[:, None]).rsqrt()
+        # Without the prior there is no step along what was not measured, but for rounding.
+        curvature = self.curvature[group]
+        eps = curvature.shape[1] * torch.finfo(curvature.dtype).eps
+        least = torch.where(lam > 0, 0.0, eps * curvature.amax(1))[:, None]
+        inner = _inverse_root(curvature + lam[:, None], least)
         if s.residual is None:
             return inner, None
-        return inner, (self.level[group, None] + lam[:, None] / s.residual).rsqrt()
+        return inner, _inverse_root(self.level[group, None] + lam[:, None] / s.residual, 0.0)
 
     def _whiten(self, g, lam, group):
         s = self.surrogate
@@ -279,10 +286,12 @@ class GaussianMetric:
         residual = self.op.adjoint(weight * misfit)
         p = z = self._block(residual, lam, group)
         size = (residual * z).sum(1)
+        # Without the prior H may be singular, and what is left below this is rounding that grows.
+        least = torch.where(lam > 0, 0.0, torch.finfo(size.dtype).eps ** 2 * size)
         for _ in range(steps):
             hp = self._apply(p, lam, group)
             curvature = (p * hp).sum(1)
-            alpha = torch.where(curvature > 0, size / curvature, 0.0)[:, None]
+            alpha = torch.where((curvature > 0) & (size > least), size / curvature, 0.0)[:, None]
             x = torch.addcmul(x, alpha, p)
             residual = torch.addcmul(residual, -alpha, hp)
             z = self._block(residual, lam, group)
@@ -309,6 +318,11 @@ class GaussianMetric:
             across = s.analyse(v - along @ s.basis.T)
             size = size + (across.square() / s.residual).sum(1)
         return size
+
+
+def _inverse_root(curvature, least):
+    """``curvature ** -0.5``; zero where it is not above the least that counts."""
+    return torch.where(curvature > least, curvature.rsqrt(), 0.0)
 
 
 def _curvature(noise, y):
