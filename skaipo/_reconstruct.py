@@ -232,6 +232,8 @@ def _solutions(problem, objective, start, history):
         solution = Solution(u0, evaluation, torch.zeros_like(y[:, 0]), status, {})
         n_evals = objective.n_evals.clone()
         yield lams.pop(0), solution, n_evals, int(n_evals.sum())
+        if not lams:
+            return
         objective.n_evals.copy_(before if mle else 0 * before)
     z0 = y.new_zeros(n, objective.n_features)
     # Where a start fails: the mode of the latent space.

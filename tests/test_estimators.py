@@ -22,7 +22,7 @@ from skaipo.metrics import (
 )
 from skaipo.noise import GaussianNoise
 from skaipo.operators import CompressedSensing, Denoising, Inpainting, MatrixOperator
-from skaipo.solvers import Adam, LinearSchedule
+from skaipo.solvers import Adam, GeometricSchedule, LinearSchedule
 
 D = 6
 MASK = np.array([True, False, True, True, False, True])
@@ -84,10 +84,19 @@ def test_missing_measurements_are_left_out():
 def test_lambda_zero_is_the_most_probable_image_that_explains_the_measurements():
     prior, op = gaussian_prior(D), OPERATORS["compressed"]
     Y = measure(op, prior)
-    result = AIPORegressor(op, 0.0, prior=prior, max_evals=3000, tol=1e-7).reconstruct(Y)
-    np.testing.assert_allclose(result.x, prior.map_estimate(Y, op, None, 0.0), atol=1e-5)
-    np.testing.assert_allclose(op(result.x), Y, atol=1e-10)
-    assert (result.status == "converged").all()
+    for mle_solver in ("lbfgs", "pgd"):
+        model = AIPORegressor(op, 0.0, prior=prior, mle_solver=mle_solver, max_evals=3000, tol=1e-7)
+        result = model.reconstruct(Y)
+        np.testing.assert_allclose(result.x, prior.map_estimate(Y, op, None, 0.0), atol=1e-5)
+        np.testing.assert_allclose(op(result.x), Y, atol=1e-10)
+        assert (result.status == "converged").all()
+    # At a fixed lambda of zero any image that explains them will do.
+    for init in ("gaussian", "zero"):
+        model = FixedLambdaMAP(op, 0.0, prior=prior, solver="hybrid", init=init, tol=1e-6)
+        result = model.reconstruct(Y)
+        # (Its only gradient is zero, or rounding: no row need be called converged.)
+        assert (result.status != "diverged").all()
+        np.testing.assert_allclose(op(result.x), Y, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- what reconstruct tells
@@ -156,9 +165,11 @@ def test_every_evaluation_is_counted(monkeypatch, start, op):
 
     monkeypatch.setattr(type(flow), "_normalize", counting)
     model = STARTS[start](op, prior=prior, max_evals=30, tol=0.0)
+    # No row leaves a stage early, nor the start: padded batches would be counted in full.
     if start == "aipo":
-        # No row leaves a stage early: padded batches would be counted in full.
         model.set_params(schedule=LinearSchedule(tol=0.0))
+    if start == "geometric":
+        model.set_params(schedule=GeometricSchedule(tol=0.0))
     result = model.reconstruct(Y)
     # Zero and random starts generate their image by one pass more, without a gradient.
     free = 16 if start in ("zero", "random") else 0
@@ -236,7 +247,9 @@ def test_diverged_rows_are_counted_in_a_warning():
 
 def test_rows_that_run_out_of_budget_are_counted_in_a_warning():
     prior = gaussian_prior(D)
-    model = AIPORegressor(OPERATORS["compressed"], prior=prior, max_evals=12)
+    model = AIPORegressor(
+        OPERATORS["compressed"], prior=prior, solver="adam", schedule="linear", max_evals=12
+    )
     Y = measure(OPERATORS["compressed"], prior)
     with pytest.warns(ConvergenceWarning, match=r"5 of 5 rows stopped .* at max_evals=12"):
         model.predict(Y)

@@ -1,14 +1,16 @@
 """The Gaussian stand-in of a prior against dense linear algebra and closed forms."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from problems import Cliff, any_operator, drop_entries, gaussian_prior, make_objective, random_flow
 from scipy.fft import dct
 
-from skaipo import GaussianPrior
+from skaipo import AIPORegressor, FlowPrior, GaussianPrior
 from skaipo.flows import Glow, RealNVP
-from skaipo.noise import GaussianNoise
+from skaipo.noise import GaussianNoise, NoiseModel
 from skaipo.operators import Denoising, Inpainting, MatrixOperator
 from skaipo.solvers import (
     LBFGS,
@@ -563,3 +565,53 @@ def test_a_matrix_without_full_rank():
     metric = GaussianMetric(exact_surrogate(prior), objective)
     lam = torch.full((4,), 1e-3).double()
     np.testing.assert_allclose(metric.start(lam), prior.map_estimate(y, op, noise, 1e-3), atol=1e-5)
+
+
+class Laplace(NoiseModel):
+    """``|y - f(x)|``: no curvature anywhere but in the kink, and there no end of it."""
+
+    def max_curvature(self):
+        return math.inf
+
+    def _penalty(self, residual):
+        return residual.abs()
+
+
+class PseudoHuber(NoiseModel):
+    def max_curvature(self):
+        return 9.0
+
+    def _penalty(self, residual):
+        return (1 + 9 * residual.square()).sqrt()
+
+
+def test_the_noises_curvature_at_a_residual_of_zero():
+    y = torch.tensor([[1.0, -2.0, np.nan]]).double()
+    for noise, expected in ((PseudoHuber(), 9.0), (GaussianNoise(0.5), 4.0), (None, 2.0)):
+        objective = make_objective(gaussian_prior(3).flow_, Denoising(), noise, y)
+        metric = GaussianMetric(exact_surrogate(gaussian_prior(3)), objective)
+        torch.testing.assert_close(metric.weight, torch.tensor([[expected, expected, 0]]).double())
+
+
+def test_noise_without_curvature_is_that_of_its_unit_residual():
+    """The parabola through |r| at 0 and 1; the solution is that of a linear programme of signs."""
+    prior, y = GaussianPrior(np.zeros(3), np.eye(3)), np.array([[0.5, 3.0, -7.0], [-0.2, 0.9, 1.1]])
+    objective = make_objective(prior.flow_, Denoising(), Laplace(), y)
+    metric = GaussianMetric(exact_surrogate(prior), objective)
+    torch.testing.assert_close(metric.weight, torch.full((1, 3), 2.0).double())
+    for solver in ("hybrid", "lbfgs"):
+        model = AIPORegressor(Denoising(), prior=prior, noise=Laplace(), solver=solver)
+        result = model.reconstruct(y)
+        # |y - x| + x^2 / 2 has its minimum at y where |y| < 1, else at its sign.
+        np.testing.assert_allclose(result.x, np.clip(y, -1, 1), atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("shape", [(1,), (3,), (300,)])
+def test_a_flow_of_overflow_alone_has_diverged_and_not_crashed(shape):
+    flow = Cliff(shape[0], -1.0)
+    surrogate = surrogate_of(flow)
+    np.testing.assert_allclose(dense_precision(surrogate), np.eye(shape[0]), atol=1e-12)
+    model = AIPORegressor(Denoising(), prior=FlowPrior(flow=flow))
+    result = model.reconstruct(np.ones((2, shape[0])))
+    assert result.status.tolist() == ["diverged"] * 2

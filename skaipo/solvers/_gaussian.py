@@ -78,6 +78,11 @@ class GaussianSurrogate:
         """Moments of samples (n, d), but for those that are not finite or far outside the rest."""
         x = x[x.isfinite().all(1)].double()
         # The few wild samples of an imperfect flow would otherwise be the first components.
+        if len(x) < 4:
+            # Of a flow that gives nothing but overflow nothing is known: white.
+            d = x.shape[1]
+            one = torch.ones(d, dtype=x.dtype)
+            return cls(0 * one, torch.eye(d, 1, dtype=x.dtype), one[:1], one, [])
         size = (x - x.median(0).values).norm(dim=1)
         x = x[size <= 3 * size.median()]
         n, d = x.shape
@@ -335,4 +340,9 @@ def _curvature(noise, y):
         if first.requires_grad:
             (second,) = torch.autograd.grad(first.sum(), prediction)
     usable = second.isfinite() & (second > 0)
-    return torch.where(usable, second, noise.max_curvature()).detach()
+    largest = torch.full_like(y, noise.max_curvature())
+    # A kink has no curvature: that of the parabola with the nll of a unit residual.
+    units = torch.eye(y.shape[1]).to(y)
+    parabola = 2 * noise.nll(units, torch.zeros_like(units))
+    largest = torch.where(largest.isfinite(), largest, parabola)
+    return torch.where(usable, second, largest).detach()

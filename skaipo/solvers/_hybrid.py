@@ -14,7 +14,6 @@ _SMOOTH = LBFGS(give_up=0.25)
 _ROUGH = Adam(warm_up=0.1, preconditioner="gaussian")
 
 
-
 class Hybrid(Method):
     """L-BFGS for each row until its line search keeps failing, then annealed Adam.
 
