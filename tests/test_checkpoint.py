@@ -376,9 +376,7 @@ def test_several_differences_are_all_named(Y, tmp_path):
     model().predict(Y, checkpoint=tmp_path / "a")
     with pytest.raises(ValueError, match=r"max_evals .*; history \(False there, True here\)\."):
         model(max_evals=14).reconstruct(Y, history=True, checkpoint=tmp_path / "a")
-    with pytest.raises(
-        ValueError, match=r"schedule .*; start \(\['gaussian'\] there, \['zero'\]"
-    ):
+    with pytest.raises(ValueError, match=r"schedule .*; start \(\['gaussian'\] there, \['zero'\]"):
         model(FixedLambdaMAP, init="zero").predict(Y, checkpoint=tmp_path / "a")
 
 

@@ -136,6 +136,17 @@ def test_wild_samples_are_left_out():
     assert float(mixed[mixed.isfinite().all(1)].var(0).max()) > 1e9 * float(clean.variances.max())
 
 
+@pytest.mark.parametrize("share", [0.15, 0.35, 0.5])
+def test_a_second_mode_is_not_wild(share):
+    """Moments of a mixture, whose second mode is far away in units of the first's width."""
+    rng = np.random.default_rng(2)
+    x = np.where(rng.random((4000, 1)) < share, -10.0, 10.0) + 0.5 * rng.normal(size=(4000, 2))
+    surrogate = GaussianSurrogate.from_samples(torch.tensor(x), (2,))
+    np.testing.assert_allclose(surrogate.mean, x.mean(0), rtol=1e-12)
+    precision = np.linalg.inv(np.cov(x.T, bias=True))
+    np.testing.assert_allclose(dense_precision(surrogate), precision, rtol=1e-8)
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 16), (3, 12, 24), (1, 10, 30)])
 def test_images_are_analysed_in_an_orthonormal_basis(shape):
     x = smooth_images(shape=(3, *shape[1:])).reshape(160, 3, -1)[:, : shape[0]].reshape(160, -1)

@@ -77,14 +77,15 @@ class GaussianSurrogate:
     def from_samples(cls, x, event_shape):
         """Moments of samples (n, d), but for those that are not finite or far outside the rest."""
         x = x[x.isfinite().all(1)].double()
-        # The few wild samples of an imperfect flow would otherwise be the first components.
         if len(x) < 4:
             # Of a flow that gives nothing but overflow nothing is known: white.
             d = x.shape[1]
             one = torch.ones(d, dtype=x.dtype)
             return cls(0 * one, torch.eye(d, 1, dtype=x.dtype), one[:1], one, [])
+        # The few wild samples of an imperfect flow would otherwise be the first components. (Few:
+        # by the median a second mode would be wild, too.)
         size = (x - x.median(0).values).norm(dim=1)
-        x = x[size <= 3 * size.median()]
+        x = x[size <= 3 * size.quantile(0.9)]
         n, d = x.shape
         is_image = len(event_shape) == 3 and d > _WHOLE
         k = d if d <= min(_WHOLE, n // 4) else min(32 if is_image else _WHOLE, n // 4)
@@ -340,9 +341,9 @@ def _curvature(noise, y):
         if first.requires_grad:
             (second,) = torch.autograd.grad(first.sum(), prediction)
     usable = second.isfinite() & (second > 0)
-    largest = torch.full_like(y, noise.max_curvature())
-    # A kink has no curvature: that of the parabola with the nll of a unit residual.
-    units = torch.eye(y.shape[1]).to(y)
-    parabola = 2 * noise.nll(units, torch.zeros_like(units))
-    largest = torch.where(largest.isfinite(), largest, parabola)
+    largest = noise.max_curvature()
+    if not math.isfinite(largest):
+        # A kink has no curvature: that of the parabola with the nll of a unit residual.
+        units = torch.eye(y.shape[1]).to(y)
+        largest = 2 * noise.nll(units, torch.zeros_like(units))
     return torch.where(usable, second, largest).detach()
