@@ -236,9 +236,10 @@ def _solutions(problem, objective, start, history):
             return
         objective.n_evals.copy_(before if mle else 0 * before)
     z0 = y.new_zeros(n, objective.n_features)
-    # Where a start fails: the mode of the latent space.
+    # Where a start fails: the mode of the latent space. (Not for a random one, which it would
+    # replace nearly always: it is another start for the sake of being another.)
     fallback = None
-    if not (isinstance(start, str) and start == "zero"):
+    if isinstance(start, str) and start != "zero":
         fallback = objective.in_space("latent").image(z0) if objective.space == "image" else z0
     if isinstance(start, str) and start == "gaussian":
         # Where a path has a trunk the start is that of the trunk, whatever the targets.

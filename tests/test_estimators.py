@@ -12,7 +12,14 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 
-from skaipo import AIPORegressor, AIPOTransformer, FixedLambdaMAP, FlowPrior, GaussianPrior
+from skaipo import (
+    AIPORegressor,
+    AIPOTransformer,
+    FixedLambdaMAP,
+    FlowPrior,
+    GaussianPrior,
+    _reconstruct,
+)
 from skaipo.flows import Glow
 from skaipo.metrics import (
     discrepancy_scorer,
@@ -253,6 +260,132 @@ def test_rows_that_run_out_of_budget_are_counted_in_a_warning():
     Y = measure(OPERATORS["compressed"], prior)
     with pytest.warns(ConvergenceWarning, match=r"5 of 5 rows stopped .* at max_evals=12"):
         model.predict(Y)
+
+
+# ---------------------------------------------------------------------- starts
+
+
+def test_starts_share_the_budget_and_the_best_is_kept():
+    """Row by row against runs of one start each, with the same share of the evaluations."""
+    prior, op, noise = FlowPrior(flow=random_flow()), OPERATORS["compressed"], GaussianNoise(0.4)
+    Y = measure(op, prior, n=12)
+    options = dict(prior=prior, noise=noise, batch_size=5, random_state=3)
+    result = AIPORegressor(op, n_starts=4, max_evals=83, **options).reconstruct(Y, history=True)
+    assert (result.n_evals <= 83).all()
+    singles = [
+        AIPORegressor(op, init=init, max_evals=83 // 4, **options).reconstruct(Y)
+        for init in ("gaussian", "zero", "mle", "random")
+    ]
+    values = np.stack([single.objective for single in singles])
+    assert np.array_equal(result.objective, values.min(0))
+    assert np.array_equal(result.n_evals, sum(single.n_evals for single in singles))
+    winner = values.argmin(0)
+    assert len(set(winner)) > 1, "no start is the best for all rows"
+    for key in ("x", "misfit", "log_prob", "status"):
+        stacked = np.stack([getattr(single, key) for single in singles])
+        assert np.array_equal(getattr(result, key), stacked[winner, np.arange(12)])
+    distance = [np.sqrt(((single.x - result.x) ** 2).mean(1)) for single in singles]
+    np.testing.assert_allclose(result.disagreement, np.max(distance, axis=0), rtol=1e-12)
+    for i, single in enumerate(singles):
+        assert single.disagreement is None, i
+    assert "median disagreement of starts" in repr(result)
+    assert result.rows([2, 0]).disagreement.tolist() == result.disagreement[[2, 0]].tolist()
+
+
+def test_random_starts_are_reproducible():
+    prior, op = FlowPrior(flow=random_flow()), OPERATORS["compressed"]
+    Y = measure(op, prior, n=7)
+    model = AIPORegressor(op, prior=prior, n_starts=5, max_evals=60, random_state=0)
+    first = model.reconstruct(Y)
+    for other in (model, clone(model), clone(model).set_params(batch_size=2)):
+        again = other.reconstruct(Y)
+        np.testing.assert_allclose(again.x, first.x, atol=1e-6)
+        np.testing.assert_allclose(again.disagreement, first.disagreement, atol=1e-5)
+    changed = clone(model).set_params(random_state=1).reconstruct(Y)
+    assert not np.array_equal(changed.disagreement, first.disagreement)
+    assert clone(model).set_params(random_state=None).__sklearn_tags__().non_deterministic
+    assert not model.__sklearn_tags__().non_deterministic
+
+
+def test_starts_agree_where_the_minimum_is_unique():
+    prior, op, noise = gaussian_prior(D), OPERATORS["compressed"], GaussianNoise(0.3)
+    Y = measure(op, prior)
+    for cls in (AIPORegressor, FixedLambdaMAP):
+        model = cls(op, prior=prior, noise=noise, n_starts=4, solver="hybrid", random_state=0)
+        result = model.set_params(max_evals=400, tol=1e-7).reconstruct(Y)
+        assert (result.status == "converged").all()
+        assert (result.disagreement < 1e-5).all()
+        np.testing.assert_allclose(result.x, prior.map_estimate(Y, op, noise), atol=1e-5)
+
+
+def test_starts_disagree_where_there_are_two_minima():
+    from test_theory import TwoModes  # two normal distributions around -2 and 2
+
+    prior, noise = FlowPrior(flow=TwoModes()), GaussianNoise(1.5)
+    Y = np.array([[-0.4], [0.1], [0.5]])
+    # By descent, which stays in its valley: the first Newton steps may leap into the other.
+    options = dict(n_starts=12, max_evals=720, random_state=1, solver="gd")
+    model = AIPORegressor(Denoising(), prior=prior, noise=noise, **options)
+    result = model.reconstruct(Y)
+    assert (result.disagreement > 2).all() and (result.disagreement < 6).all()
+    grid = np.linspace(-6, 6, 24001)[:, None]
+    values = (Y - grid.T) ** 2 / (2 * 1.5**2) - prior.score_samples(grid)
+    np.testing.assert_allclose(result.x[:, 0], grid[values.argmin(1), 0], atol=1e-2)
+    np.testing.assert_allclose(result.objective, values.min(1), atol=1e-4)
+
+
+class Squares(Denoising):
+    """A user's operator that is not linear."""
+
+    is_linear = False
+
+    def forward(self, x):
+        return x + 0.1 * x.square()
+
+
+def starts_used(monkeypatch, model, Y):
+    """The starts that reach the solver."""
+    seen, inner = [], _reconstruct.solve_chunk
+
+    def solve(problem, y, starts):
+        seen.append((starts, problem.surrogate is not None))
+        return inner(problem, y, starts)
+
+    monkeypatch.setattr("skaipo.estimators._base.solve_chunk", solve)
+    result = model.reconstruct(Y)
+    return seen[0], result
+
+
+@pytest.mark.parametrize("solver", ["hybrid", "lbfgs", "adam"])
+def test_the_start_that_fits_the_operator(monkeypatch, solver):
+    prior = gaussian_prior(D)
+    for op, start in (
+        (Denoising(), "gaussian"),
+        (OPERATORS["matrix"], "gaussian"),
+        (Squares(), "zero"),
+    ):
+        Y = measure(op, prior)
+        model = AIPORegressor(op, prior=prior, noise=GaussianNoise(0.3), solver=solver)
+        (starts, has_surrogate), result = starts_used(monkeypatch, model, Y)
+        assert starts == [start] and has_surrogate == (start == "gaussian")
+        assert np.isfinite(result.x).all() and (result.status != "diverged").all()
+        if start == "zero":
+            # A minimum, by the plain formula.
+            x = torch.tensor(result.x, requires_grad=True)
+            residual = torch.tensor(Y) - x - 0.1 * x.square()
+            value = residual.square().sum() / (2 * 0.3**2) - prior.flow_.log_prob(x).sum()
+            (gradient,) = torch.autograd.grad(value, x)
+            converged = result.status == "converged"
+            assert converged.all() or solver == "adam"
+            assert (gradient.norm(dim=1).numpy() < (5.0 if solver == "adam" else 0.1)).all()
+
+
+@pytest.mark.parametrize("cls", [AIPORegressor, AIPOTransformer, FixedLambdaMAP])
+def test_a_gaussian_start_needs_a_linear_operator(cls):
+    prior = gaussian_prior(D)
+    model = cls(Squares(), prior=prior, init="gaussian")
+    with pytest.raises(ValueError, match="init='gaussian' needs a linear operator, Squares is not"):
+        model.reconstruct(np.zeros((2, D)))
 
 
 # ---------------------------------------------------------------------- forms of input
