@@ -244,7 +244,8 @@ def _solutions(problem, objective, start, history):
     if isinstance(start, str) and start == "gaussian":
         # Where a path has a trunk the start is that of the trunk, whatever the targets.
         trunk = getattr(problem.schedule, "trunk", lambda objective: lams)(objective)
-        u0 = gaussian_start(objective, torch.full_like(y[:, 0], trunk[0]))
+        target = torch.full_like(y[:, 0], trunk[0])
+        u0 = gaussian_start(objective, target, max_evals=max_evals // 3)
     elif not mle:
         u0 = z0 if isinstance(start, str) else start
         if objective.space == "image":

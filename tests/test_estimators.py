@@ -184,6 +184,19 @@ def test_every_evaluation_is_counted(monkeypatch, start, op):
     assert (result.n_evals <= 30).all()
 
 
+@pytest.mark.parametrize("n_starts", [1, 3])
+@pytest.mark.parametrize("max_evals", [4, 7])
+@pytest.mark.parametrize("schedule", ["direct", "adaptive", "linear", "geometric"])
+@pytest.mark.parametrize("space", ["image", "latent"])
+@pytest.mark.parametrize("init", ["gaussian", "mle"])
+def test_the_smallest_budgets_hold(init, space, schedule, max_evals, n_starts):
+    prior, op = gaussian_prior(D), OPERATORS["compressed"]
+    model = AIPORegressor(op, prior=prior, space=space, schedule=schedule, init=init)
+    model.set_params(n_starts=n_starts, max_evals=n_starts * max_evals, tol=0.0)
+    result = model.reconstruct(measure(op, prior))
+    assert (result.n_evals <= n_starts * max_evals).all()
+
+
 # ---------------------------------------------------------------------- rows
 
 

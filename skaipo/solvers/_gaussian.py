@@ -142,7 +142,7 @@ def surrogate_of(flow, seed=0):
     return _CACHE[key]
 
 
-def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0)):
+def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0), max_evals=None):
     """Start from what the solution would be if the prior were Gaussian.
 
     Parameters
@@ -155,6 +155,8 @@ def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0)):
         The surrogate is wider than the prior around any one image, so that more weight than
         ``lam`` often fits better: each row takes the factor whose image has the lowest objective,
         at one evaluation per factor.
+    max_evals : int, default=None
+        Try no more factors than that, but the first in any case.
 
     Returns
     -------
@@ -163,7 +165,7 @@ def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0)):
     """
     image = objective.in_space("image")
     best = value = None
-    for factor in factors:
+    for factor in factors if max_evals is None else factors[: max(1, max_evals)]:
         x = image.metric.start(factor * lam)
         evaluation = image.evaluate(x)
         new = torch.where(evaluation.finite(), evaluation.value(lam), torch.inf)
