@@ -232,16 +232,20 @@ def _solutions(problem, objective, start, history):
         solution = Solution(u0, evaluation, torch.zeros_like(y[:, 0]), status, {})
         n_evals = objective.n_evals.clone()
         yield lams.pop(0), solution, n_evals, int(n_evals.sum())
+        if not lams:
+            return
         objective.n_evals.copy_(before if mle else 0 * before)
     z0 = y.new_zeros(n, objective.n_features)
-    # Where a start fails: the mode of the latent space.
+    # Where a start fails: the mode of the latent space. (Not for a random one, which it would
+    # replace nearly always: it is another start for the sake of being another.)
     fallback = None
-    if not (isinstance(start, str) and start == "zero"):
+    if isinstance(start, str) and start != "zero":
         fallback = objective.in_space("latent").image(z0) if objective.space == "image" else z0
     if isinstance(start, str) and start == "gaussian":
         # Where a path has a trunk the start is that of the trunk, whatever the targets.
         trunk = getattr(problem.schedule, "trunk", lambda objective: lams)(objective)
-        u0 = gaussian_start(objective, torch.full_like(y[:, 0], trunk[0]))
+        target = torch.full_like(y[:, 0], trunk[0])
+        u0 = gaussian_start(objective, target, max_evals=max_evals // 3)
     elif not mle:
         u0 = z0 if isinstance(start, str) else start
         if objective.space == "image":

@@ -83,14 +83,23 @@ def test_lam_of_another_type(build, lam):
 @pytest.mark.parametrize(
     "params, message",
     [
-        (dict(solver="newton"), r"solver must be one of 'adam', 'lbfgs', 'gd', got 'newton'"),
+        (
+            dict(solver="newton"),
+            r"solver must be one of 'hybrid', 'lbfgs', 'adam', 'gd', got 'new",
+        ),
         (dict(space="pixel"), r"space must be one of 'image', 'latent', got 'pixel'"),
         (dict(penalty="l2"), r"penalty must be one of 'density', 'latent', got 'l2'"),
         (dict(max_evals=0), r"max_evals must be an integer of at least 4, got 0"),
         (dict(max_evals=10.5), r"max_evals must be an integer"),
         (dict(batch_size=0), r"batch_size must be an integer of at least 1, got 0"),
         (dict(batch_size=True), r"batch_size must be an integer of at least 1, got True"),
-        (dict(solver=LBFGS), r"solver must be one of 'adam', 'lbfgs', 'gd', got <class"),
+        (dict(solver=LBFGS), r"solver must be one of 'hybrid', 'lbfgs', 'adam', 'gd', got <class"),
+        (dict(n_starts=0), r"n_starts must be an integer of at least 1, got 0"),
+        (
+            dict(n_starts=5, max_evals=19),
+            r"max_evals must be at least 4 for each of the n_starts",
+        ),
+        (dict(mle_solver="sgd"), r"mle_solver must be one of 'pgd', 'lbfgs', got 'sgd'"),
         (dict(tol=np.nan), r"tol must be a number >= 0, got nan"),
         (dict(tol=-1), r"tol must be a number >= 0, got -1"),
         (dict(op=None), r"needs a forward operator: pass op"),
@@ -121,15 +130,18 @@ def test_parameters_of_another_type(build, params, message):
 
 
 def test_unknown_init():
-    model = FixedLambdaMAP(CompressedSensing(M), prior=GaussianPrior(np.zeros(D), np.eye(D)))
-    with pytest.raises(ValueError, match="init must be one of 'mle', 'zero', 'random', got 'ones'"):
-        model.set_params(init="ones").predict(Y_GOOD)
+    prior, op = GaussianPrior(np.zeros(D), np.eye(D)), CompressedSensing(M)
+    message = "init must be one of 'auto', 'gaussian', 'mle', 'zero', 'random', got 'ones'"
+    for model in (FixedLambdaMAP(op, prior=prior), AIPORegressor(op, prior=prior)):
+        with pytest.raises(ValueError, match=message):
+            model.set_params(init="ones").predict(Y_GOOD)
 
 
 def test_unknown_schedule():
     model = AIPORegressor(CompressedSensing(M), prior=GaussianPrior(np.zeros(D), np.eye(D)))
+    message = "schedule must be one of 'direct', 'linear', 'geometric', 'adaptive', got "
     for schedule in ("exponential", 3, None, LinearSchedule):
-        with pytest.raises(ValueError, match="schedule must be one of 'linear', 'geometric'"):
+        with pytest.raises(ValueError, match=message):
             model.set_params(schedule=schedule).predict(Y_GOOD)
 
 
@@ -191,7 +203,15 @@ def test_width_differs_from_what_fit_saw():
 
 
 def test_score_with_images_of_another_size():
-    model = AIPORegressor(Denoising(), prior=GaussianPrior(np.zeros(D), np.eye(D)), max_evals=10)
+    # (Steps too few to converge: the warning must not get lost in the error.)
+    model = AIPORegressor(
+        Denoising(),
+        prior=GaussianPrior(np.zeros(D), np.eye(D)),
+        solver="adam",
+        schedule="linear",
+        init="mle",
+        max_evals=10,
+    )
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="clean images of 6 features"):
         model.score(np.ones((3, D)), np.ones((3, D - 1)))
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="y holds 2 images for 3 meas"):

@@ -92,6 +92,11 @@ def no_solves(monkeypatch):
 
 MODELS = {
     "aipo": lambda: model(),
+    "the paper's": lambda: model(
+        solver="adam", schedule="linear", init="mle", mle_solver="pgd", max_evals=20
+    ),
+    "several starts": lambda: model(n_starts=4, max_evals=40, random_state=0),
+    "adaptive": lambda: model(schedule="adaptive", init="mle"),
     "latent lbfgs": lambda: model(solver="lbfgs", space="latent", schedule="geometric"),
     "fixed lambda": lambda: model(FixedLambdaMAP, init="zero"),
     "random": lambda: model(FixedLambdaMAP, init="random", random_state=3),
@@ -325,9 +330,12 @@ CHANGES = {
     "batch_size": (dict(batch_size=4), r"batch_size \(3 there, 4 here\)"),
     "space": (dict(space="latent"), r"space \('image' there, 'latent' here\)"),
     "penalty": (dict(penalty="latent"), "penalty"),
-    "solver": (dict(solver="lbfgs"), r"method \(Adam\(\) there, LBFGS\(\) here\)"),
+    "solver": (dict(solver="lbfgs"), r"method \(Hybrid\(\) there, LBFGS\(\) here\)"),
     "solver's parameter": (dict(solver=Adam(0.03)), "method .*learning_rate=0.03"),
-    "schedule": (dict(schedule="geometric"), r"schedule \(LinearSchedule\(\) there, Geometric"),
+    "schedule": (dict(schedule="geometric"), r"schedule \(DirectSchedule\(\) there, Geometric"),
+    "init": (dict(init="mle"), r"start \(\['gaussian'\] there, \['mle'\] here\)"),
+    "n_starts": (dict(n_starts=2), r"start \(\['gaussian'\] there, \['gaussian', 'zero'\] here\)"),
+    "mle_solver": (dict(mle_solver="pgd"), r"mle_solver \('lbfgs' there, 'pgd' here\)"),
     "operator": (dict(op=Inpainting(np.arange(D) > 0)), r"op \(Denoising\(\) there, Inpainting"),
     "noise": (dict(noise=GaussianNoise(0.6)), r"noise \(GaussianNoise\(sigma=0\.5\) there"),
     "prior": (dict(prior=gaussian_prior(D, seed=1)), r"prior \(other contents\)"),
@@ -368,7 +376,7 @@ def test_several_differences_are_all_named(Y, tmp_path):
     model().predict(Y, checkpoint=tmp_path / "a")
     with pytest.raises(ValueError, match=r"max_evals .*; history \(False there, True here\)\."):
         model(max_evals=14).reconstruct(Y, history=True, checkpoint=tmp_path / "a")
-    with pytest.raises(ValueError, match=r"schedule \(.*; start \(\['mle'\] there, \['zero'\] here\)"):
+    with pytest.raises(ValueError, match=r"schedule .*; start \(\['gaussian'\] there, \['zero'\]"):
         model(FixedLambdaMAP, init="zero").predict(Y, checkpoint=tmp_path / "a")
 
 

@@ -12,7 +12,14 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 
-from skaipo import AIPORegressor, AIPOTransformer, FixedLambdaMAP, FlowPrior, GaussianPrior
+from skaipo import (
+    AIPORegressor,
+    AIPOTransformer,
+    FixedLambdaMAP,
+    FlowPrior,
+    GaussianPrior,
+    _reconstruct,
+)
 from skaipo.flows import Glow
 from skaipo.metrics import (
     discrepancy_scorer,
@@ -22,7 +29,7 @@ from skaipo.metrics import (
 )
 from skaipo.noise import GaussianNoise
 from skaipo.operators import CompressedSensing, Denoising, Inpainting, MatrixOperator
-from skaipo.solvers import Adam, LinearSchedule
+from skaipo.solvers import Adam, GeometricSchedule, LinearSchedule
 
 D = 6
 MASK = np.array([True, False, True, True, False, True])
@@ -84,10 +91,19 @@ def test_missing_measurements_are_left_out():
 def test_lambda_zero_is_the_most_probable_image_that_explains_the_measurements():
     prior, op = gaussian_prior(D), OPERATORS["compressed"]
     Y = measure(op, prior)
-    result = AIPORegressor(op, 0.0, prior=prior, max_evals=3000, tol=1e-7).reconstruct(Y)
-    np.testing.assert_allclose(result.x, prior.map_estimate(Y, op, None, 0.0), atol=1e-5)
-    np.testing.assert_allclose(op(result.x), Y, atol=1e-10)
-    assert (result.status == "converged").all()
+    for mle_solver in ("lbfgs", "pgd"):
+        model = AIPORegressor(op, 0.0, prior=prior, mle_solver=mle_solver, max_evals=3000, tol=1e-7)
+        result = model.reconstruct(Y)
+        np.testing.assert_allclose(result.x, prior.map_estimate(Y, op, None, 0.0), atol=1e-5)
+        np.testing.assert_allclose(op(result.x), Y, atol=1e-10)
+        assert (result.status == "converged").all()
+    # At a fixed lambda of zero any image that explains them will do.
+    for init in ("gaussian", "zero"):
+        model = FixedLambdaMAP(op, 0.0, prior=prior, solver="hybrid", init=init, tol=1e-6)
+        result = model.reconstruct(Y)
+        # (Its only gradient is zero, or rounding: no row need be called converged.)
+        assert (result.status != "diverged").all()
+        np.testing.assert_allclose(op(result.x), Y, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- what reconstruct tells
@@ -156,14 +172,29 @@ def test_every_evaluation_is_counted(monkeypatch, start, op):
 
     monkeypatch.setattr(type(flow), "_normalize", counting)
     model = STARTS[start](op, prior=prior, max_evals=30, tol=0.0)
+    # No row leaves a stage early, nor the start: padded batches would be counted in full.
     if start == "aipo":
-        # No row leaves a stage early: padded batches would be counted in full.
         model.set_params(schedule=LinearSchedule(tol=0.0))
+    if start == "geometric":
+        model.set_params(schedule=GeometricSchedule(tol=0.0))
     result = model.reconstruct(Y)
     # Zero and random starts generate their image by one pass more, without a gradient.
     free = 16 if start in ("zero", "random") else 0
     assert result.n_evals.sum() == sum(rows) + free
     assert (result.n_evals <= 30).all()
+
+
+@pytest.mark.parametrize("n_starts", [1, 3])
+@pytest.mark.parametrize("max_evals", [4, 7])
+@pytest.mark.parametrize("schedule", ["direct", "adaptive", "linear", "geometric"])
+@pytest.mark.parametrize("space", ["image", "latent"])
+@pytest.mark.parametrize("init", ["gaussian", "mle"])
+def test_the_smallest_budgets_hold(init, space, schedule, max_evals, n_starts):
+    prior, op = gaussian_prior(D), OPERATORS["compressed"]
+    model = AIPORegressor(op, prior=prior, space=space, schedule=schedule, init=init)
+    model.set_params(n_starts=n_starts, max_evals=n_starts * max_evals, tol=0.0)
+    result = model.reconstruct(measure(op, prior))
+    assert (result.n_evals <= n_starts * max_evals).all()
 
 
 # ---------------------------------------------------------------------- rows
@@ -236,10 +267,138 @@ def test_diverged_rows_are_counted_in_a_warning():
 
 def test_rows_that_run_out_of_budget_are_counted_in_a_warning():
     prior = gaussian_prior(D)
-    model = AIPORegressor(OPERATORS["compressed"], prior=prior, max_evals=12)
+    model = AIPORegressor(
+        OPERATORS["compressed"], prior=prior, solver="adam", schedule="linear", max_evals=12
+    )
     Y = measure(OPERATORS["compressed"], prior)
     with pytest.warns(ConvergenceWarning, match=r"5 of 5 rows stopped .* at max_evals=12"):
         model.predict(Y)
+
+
+# ---------------------------------------------------------------------- starts
+
+
+def test_starts_share_the_budget_and_the_best_is_kept():
+    """Row by row against runs of one start each, with the same share of the evaluations."""
+    prior, op, noise = FlowPrior(flow=random_flow()), OPERATORS["compressed"], GaussianNoise(0.4)
+    Y = measure(op, prior, n=12)
+    options = dict(prior=prior, noise=noise, batch_size=5, random_state=3)
+    result = AIPORegressor(op, n_starts=4, max_evals=83, **options).reconstruct(Y, history=True)
+    assert (result.n_evals <= 83).all()
+    singles = [
+        AIPORegressor(op, init=init, max_evals=83 // 4, **options).reconstruct(Y)
+        for init in ("gaussian", "zero", "mle", "random")
+    ]
+    values = np.stack([single.objective for single in singles])
+    assert np.array_equal(result.objective, values.min(0))
+    assert np.array_equal(result.n_evals, sum(single.n_evals for single in singles))
+    winner = values.argmin(0)
+    assert len(set(winner)) > 1, "no start is the best for all rows"
+    for key in ("x", "misfit", "log_prob", "status"):
+        stacked = np.stack([getattr(single, key) for single in singles])
+        assert np.array_equal(getattr(result, key), stacked[winner, np.arange(12)])
+    distance = [np.sqrt(((single.x - result.x) ** 2).mean(1)) for single in singles]
+    np.testing.assert_allclose(result.disagreement, np.max(distance, axis=0), rtol=1e-12)
+    for i, single in enumerate(singles):
+        assert single.disagreement is None, i
+    assert "median disagreement of starts" in repr(result)
+    assert result.rows([2, 0]).disagreement.tolist() == result.disagreement[[2, 0]].tolist()
+
+
+def test_random_starts_are_reproducible():
+    prior, op = FlowPrior(flow=random_flow()), OPERATORS["compressed"]
+    Y = measure(op, prior, n=7)
+    model = AIPORegressor(op, prior=prior, n_starts=5, max_evals=60, random_state=0)
+    first = model.reconstruct(Y)
+    for other in (model, clone(model), clone(model).set_params(batch_size=2)):
+        again = other.reconstruct(Y)
+        np.testing.assert_allclose(again.x, first.x, atol=1e-6)
+        np.testing.assert_allclose(again.disagreement, first.disagreement, atol=1e-5)
+    changed = clone(model).set_params(random_state=1).reconstruct(Y)
+    assert not np.array_equal(changed.disagreement, first.disagreement)
+    assert clone(model).set_params(random_state=None).__sklearn_tags__().non_deterministic
+    assert not model.__sklearn_tags__().non_deterministic
+
+
+def test_starts_agree_where_the_minimum_is_unique():
+    prior, op, noise = gaussian_prior(D), OPERATORS["compressed"], GaussianNoise(0.3)
+    Y = measure(op, prior)
+    for cls in (AIPORegressor, FixedLambdaMAP):
+        model = cls(op, prior=prior, noise=noise, n_starts=4, solver="hybrid", random_state=0)
+        result = model.set_params(max_evals=400, tol=1e-7).reconstruct(Y)
+        assert (result.status == "converged").all()
+        assert (result.disagreement < 1e-5).all()
+        np.testing.assert_allclose(result.x, prior.map_estimate(Y, op, noise), atol=1e-5)
+
+
+def test_starts_disagree_where_there_are_two_minima():
+    from test_theory import TwoModes  # two normal distributions around -2 and 2
+
+    prior, noise = FlowPrior(flow=TwoModes()), GaussianNoise(1.5)
+    Y = np.array([[-0.4], [0.1], [0.5]])
+    # By descent, which stays in its valley: the first Newton steps may leap into the other.
+    options = dict(n_starts=12, max_evals=720, random_state=1, solver="gd")
+    model = AIPORegressor(Denoising(), prior=prior, noise=noise, **options)
+    result = model.reconstruct(Y)
+    assert (result.disagreement > 2).all() and (result.disagreement < 6).all()
+    grid = np.linspace(-6, 6, 24001)[:, None]
+    values = (Y - grid.T) ** 2 / (2 * 1.5**2) - prior.score_samples(grid)
+    np.testing.assert_allclose(result.x[:, 0], grid[values.argmin(1), 0], atol=1e-2)
+    np.testing.assert_allclose(result.objective, values.min(1), atol=1e-4)
+
+
+class Squares(Denoising):
+    """A user's operator that is not linear."""
+
+    is_linear = False
+
+    def forward(self, x):
+        return x + 0.1 * x.square()
+
+
+def starts_used(monkeypatch, model, Y):
+    """The starts that reach the solver."""
+    seen, inner = [], _reconstruct.solve_chunk
+
+    def solve(problem, y, starts):
+        seen.append((starts, problem.surrogate is not None))
+        return inner(problem, y, starts)
+
+    monkeypatch.setattr("skaipo.estimators._base.solve_chunk", solve)
+    result = model.reconstruct(Y)
+    return seen[0], result
+
+
+@pytest.mark.parametrize("solver", ["hybrid", "lbfgs", "adam"])
+def test_the_start_that_fits_the_operator(monkeypatch, solver):
+    prior = gaussian_prior(D)
+    for op, start in (
+        (Denoising(), "gaussian"),
+        (OPERATORS["matrix"], "gaussian"),
+        (Squares(), "zero"),
+    ):
+        Y = measure(op, prior)
+        model = AIPORegressor(op, prior=prior, noise=GaussianNoise(0.3), solver=solver)
+        (starts, has_surrogate), result = starts_used(monkeypatch, model, Y)
+        assert starts == [start] and has_surrogate == (start == "gaussian")
+        assert np.isfinite(result.x).all() and (result.status != "diverged").all()
+        if start == "zero":
+            # A minimum, by the plain formula.
+            x = torch.tensor(result.x, requires_grad=True)
+            residual = torch.tensor(Y) - x - 0.1 * x.square()
+            value = residual.square().sum() / (2 * 0.3**2) - prior.flow_.log_prob(x).sum()
+            (gradient,) = torch.autograd.grad(value, x)
+            converged = result.status == "converged"
+            assert converged.all() or solver == "adam"
+            assert (gradient.norm(dim=1).numpy() < (5.0 if solver == "adam" else 0.1)).all()
+
+
+@pytest.mark.parametrize("cls", [AIPORegressor, AIPOTransformer, FixedLambdaMAP])
+def test_a_gaussian_start_needs_a_linear_operator(cls):
+    prior = gaussian_prior(D)
+    model = cls(Squares(), prior=prior, init="gaussian")
+    with pytest.raises(ValueError, match="init='gaussian' needs a linear operator, Squares is not"):
+        model.reconstruct(np.zeros((2, D)))
 
 
 # ---------------------------------------------------------------------- forms of input

@@ -145,14 +145,23 @@ def test_continuation_finds_the_global_minimum_of_a_two_mode_prior():
     density = prior.score_samples(grid)
     values = 0.5 * (Y - grid.T) ** 2 - lam * density
     best = grid[values.argmin(1), 0]
-    model = AIPORegressor(
-        Denoising(), lam, prior=prior, noise=noise, solver="gd", max_evals=600, tol=1e-8
+    ways = dict(
+        paper=dict(schedule="linear", init="mle", mle_solver="pgd"),
+        adaptive=dict(schedule="adaptive", init="mle", mle_solver="lbfgs"),
+        # Without continuation: the best of three starts.
+        starts=dict(schedule="direct", n_starts=3),
     )
-    found = model.predict(Y)[:, 0]
+    found = {}
+    for name, way in ways.items():
+        model = AIPORegressor(
+            Denoising(), lam, prior=prior, noise=noise, solver="gd", max_evals=600, tol=1e-8, **way
+        )
+        found[name] = model.predict(Y)[:, 0]
     # Between the modes the two minima are nearly equal; away from there the start decides rightly.
     clear = np.abs(np.partition(values, 1, axis=1)[:, 0] - values.min(1)) < 1
     away = clear & (np.abs(Y[:, 0]) > 0.6)
-    np.testing.assert_allclose(found[away], best[away], atol=1e-3)
+    for name in ways:
+        np.testing.assert_allclose(found[name][away], best[away], atol=1e-3, err_msg=name)
 
     starts = prior.sample(400, random_state=0)[:, 0]
     failures = []

@@ -23,20 +23,26 @@ from skaipo.solvers import (
     LBFGS,
     STATUS,
     Adam,
+    AdaptiveSchedule,
+    GaussianMetric,
     GeometricSchedule,
     GradientDescent,
+    Hybrid,
     LinearSchedule,
     continuation_path,
+    gaussian_start,
     minimize,
     mle_start,
+    surrogate_of,
 )
 
 CONVERGED, BUDGET, STALLED, DIVERGED = range(len(STATUS))
-METHODS = {"adam": Adam, "lbfgs": LBFGS, "gd": GradientDescent}
+METHODS = {"adam": Adam, "lbfgs": LBFGS, "gd": GradientDescent, "hybrid": Hybrid}
 SCHEDULES = {
     "fixed": lambda: None,
     "linear": lambda: LinearSchedule(n_stages=6),
     "geometric": lambda: GeometricSchedule(n_stages=5),
+    "adaptive": AdaptiveSchedule,
 }
 SPACES, PENALTIES = ["image", "latent"], ["density", "latent"]
 EXAMPLES, ROWS = 100, 100
@@ -54,7 +60,8 @@ problems = st.fixed_dictionaries(
         space=st.sampled_from(SPACES),
         penalty=st.sampled_from(PENALTIES),
         schedule=st.sampled_from(["fixed", *SCHEDULES]),
-        start=st.sampled_from(["mle", "mode", "random"]),
+        start=st.sampled_from(["mle", "mode", "random", "gaussian"]),
+        metric=st.booleans(),
         dtype=st.sampled_from([torch.float32, torch.float64]),
         tol=st.floats(-6, -2).map(lambda e: 10.0**e),
         max_evals=st.sampled_from([5, 8, 20, 60, 120, 300]),
@@ -135,6 +142,8 @@ class Problem:
         x = flow.sample(n, generator=torch.Generator().manual_seed(self.seed % 2**31))
         y = random_measurements(x.flatten(1).double().numpy() @ matrix.T, rng, self.dtype)
         self.objective = make_objective(flow, op, noise, y, self.space, self.penalty)
+        if self.metric or self.start == "gaussian":
+            self.objective.metric = GaussianMetric(surrogate_of(flow), self.objective)
         # The weights of the squared residuals; half of an inverse variance.
         weights = np.ones(m) if sigma is None else 0.5 * np.broadcast_to(sigma, m) ** -2.0
         observed = ~y.isnan() & torch.tensor(np.asarray(op.bind((self.d,)).measured_))
@@ -155,6 +164,8 @@ class Problem:
             x, _ = mle_start(objective, max_evals=max(1, self.max_evals // 3), tol=self.tol)
             assert (objective.n_evals <= max(1, self.max_evals // 3)).all()
             u = objective.variable(x)
+        elif self.start == "gaussian":
+            u = gaussian_start(objective, self.lam, max_evals=self.max_evals // 3)
         elif self.space == "image":
             u = objective.in_space("latent").image(self.latents)
         else:

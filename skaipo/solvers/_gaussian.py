@@ -17,7 +17,7 @@ from skaipo.objective import MAPObjective
 
 __all__ = ["GaussianMetric", "GaussianSurrogate", "gaussian_start", "surrogate_of"]
 
-# Digest of the weights -> surrogate: clones and unpickled copies of a prior share it.
+# Digest of the flow -> surrogate: clones and unpickled copies of a prior share it.
 _CACHE = OrderedDict()
 _CACHE_SIZE = 8
 _N_SAMPLES = 1024
@@ -77,9 +77,15 @@ class GaussianSurrogate:
     def from_samples(cls, x, event_shape):
         """Moments of samples (n, d), but for those that are not finite or far outside the rest."""
         x = x[x.isfinite().all(1)].double()
-        # The few wild samples of an imperfect flow would otherwise be the first components.
+        if len(x) < 4:
+            # Of a flow that gives nothing but overflow nothing is known: white.
+            d = x.shape[1]
+            one = torch.ones(d, dtype=x.dtype)
+            return cls(0 * one, torch.eye(d, 1, dtype=x.dtype), one[:1], one, [])
+        # The few wild samples of an imperfect flow would otherwise be the first components. (Few:
+        # by the median a second mode would be wild, too.)
         size = (x - x.median(0).values).norm(dim=1)
-        x = x[size <= 3 * size.median()]
+        x = x[size <= 3 * size.quantile(0.9)]
         n, d = x.shape
         is_image = len(event_shape) == 3 and d > _WHOLE
         k = d if d <= min(_WHOLE, n // 4) else min(32 if is_image else _WHOLE, n // 4)
@@ -121,8 +127,11 @@ class GaussianSurrogate:
 
 
 def surrogate_of(flow, seed=0):
-    """The surrogate of a flow, from samples with a fixed seed; cached by the flow's weights."""
-    key = fingerprint((type(flow), flow.event_shape, dict(flow.state_dict())))
+    """The surrogate of a flow, from samples with a fixed seed; cached by what the flow holds."""
+    try:
+        key = fingerprint(flow)
+    except Exception:  # Pickling runs the objects' own code; a flow that does not pickle is itself.
+        key = flow, fingerprint(dict(flow.state_dict()))
     if key not in _CACHE:
         generator = torch.Generator().manual_seed(seed)
         batches = [flow.sample(64, generator=generator).flatten(1) for _ in range(_N_SAMPLES // 64)]
@@ -133,7 +142,7 @@ def surrogate_of(flow, seed=0):
     return _CACHE[key]
 
 
-def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0)):
+def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0), max_evals=None):
     """Start from what the solution would be if the prior were Gaussian.
 
     Parameters
@@ -146,6 +155,8 @@ def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0)):
         The surrogate is wider than the prior around any one image, so that more weight than
         ``lam`` often fits better: each row takes the factor whose image has the lowest objective,
         at one evaluation per factor.
+    max_evals : int, default=None
+        Try no more factors than that, but the first in any case.
 
     Returns
     -------
@@ -154,7 +165,7 @@ def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0)):
     """
     image = objective.in_space("image")
     best = value = None
-    for factor in factors:
+    for factor in factors if max_evals is None else factors[: max(1, max_evals)]:
         x = image.metric.start(factor * lam)
         evaluation = image.evaluate(x)
         new = torch.where(evaluation.finite(), evaluation.value(lam), torch.inf)
@@ -205,10 +216,14 @@ class GaussianMetric:
     def _scales(self, lam, group):
         """Standard deviations of the Gaussian posterior along its coordinates."""
         s = self.surrogate
-        inner = (self.curvature[group] + lam[:, None]).rsqrt()
+        # Without the prior there is no step along what was not measured, but for rounding.
+        curvature = self.curvature[group]
+        eps = curvature.shape[1] * torch.finfo(curvature.dtype).eps
+        least = torch.where(lam > 0, 0.0, eps * curvature.amax(1))[:, None]
+        inner = _inverse_root(curvature + lam[:, None], least)
         if s.residual is None:
             return inner, None
-        return inner, (self.level[group, None] + lam[:, None] / s.residual).rsqrt()
+        return inner, _inverse_root(self.level[group, None] + lam[:, None] / s.residual, 0.0)
 
     def _whiten(self, g, lam, group):
         s = self.surrogate
@@ -279,10 +294,12 @@ class GaussianMetric:
         residual = self.op.adjoint(weight * misfit)
         p = z = self._block(residual, lam, group)
         size = (residual * z).sum(1)
+        # Without the prior H may be singular, and what is left below this is rounding that grows.
+        least = torch.where(lam > 0, 0.0, torch.finfo(size.dtype).eps ** 2 * size)
         for _ in range(steps):
             hp = self._apply(p, lam, group)
             curvature = (p * hp).sum(1)
-            alpha = torch.where(curvature > 0, size / curvature, 0.0)[:, None]
+            alpha = torch.where((curvature > 0) & (size > least), size / curvature, 0.0)[:, None]
             x = torch.addcmul(x, alpha, p)
             residual = torch.addcmul(residual, -alpha, hp)
             z = self._block(residual, lam, group)
@@ -311,6 +328,11 @@ class GaussianMetric:
         return size
 
 
+def _inverse_root(curvature, least):
+    """``curvature ** -0.5``; zero where it is not above the least that counts."""
+    return torch.where(curvature > least, curvature.rsqrt(), 0.0)
+
+
 def _curvature(noise, y):
     """Second derivative of the noise's nll with respect to ``f(x)`` where it equals ``y``."""
     with torch.enable_grad():
@@ -321,4 +343,9 @@ def _curvature(noise, y):
         if first.requires_grad:
             (second,) = torch.autograd.grad(first.sum(), prediction)
     usable = second.isfinite() & (second > 0)
-    return torch.where(usable, second, noise.max_curvature()).detach()
+    largest = noise.max_curvature()
+    if not math.isfinite(largest):
+        # A kink has no curvature: that of the parabola with the nll of a unit residual.
+        units = torch.eye(y.shape[1]).to(y)
+        largest = 2 * noise.nll(units, torch.zeros_like(units))
+    return torch.where(usable, second, largest).detach()

@@ -14,7 +14,6 @@ _SMOOTH = LBFGS(give_up=0.25)
 _ROUGH = Adam(warm_up=0.1, preconditioner="gaussian")
 
 
-
 class Hybrid(Method):
     """L-BFGS for each row until its line search keeps failing, then annealed Adam.
 
@@ -72,8 +71,10 @@ class Hybrid(Method):
             memory[prefix + key] = value
 
     def propose(self, memory, u, evaluation, lam, progress):
-        changed, since = memory["changed"], memory["since"]
-        memory["progress"] = progress
+        changed = memory["changed"]
+        # A clock that has gone back is that of another call.
+        since = torch.where(progress < memory["since"], 0.0, memory["since"])
+        memory["progress"], memory["since"] = progress, since
         with self._part(memory, "smooth") as (smooth, own):
             trial = smooth.propose(own, u, evaluation, lam, progress)
         if changed.any():
@@ -101,7 +102,6 @@ class Hybrid(Method):
         return accept
 
     def retarget(self, memory, u, evaluation, lam, rows):
-        memory["since"] = torch.where(rows, 0.0, memory["since"])
         with self._part(memory, "smooth") as (smooth, own):
             smooth.retarget(own, u, evaluation, lam, rows & ~memory["changed"])
         with self._part(memory, "rough") as (rough, own):
