@@ -657,9 +657,7 @@ def test_corrupted_digits_are_classified():
     Y_train[rng.random(Y_train.shape) < 0.5] = np.nan
     Y_test[rng.random(Y_test.shape) < 0.5] = np.nan
     prior = GaussianPrior().fit(X_train)
-    fill_in = AIPOTransformer(
-        Inpainting(), 0.01, prior=prior, solver="lbfgs", space="latent", max_evals=12
-    )
+    fill_in = AIPOTransformer(Inpainting(), 10.0, prior=prior, max_evals=12)
     classifier = LogisticRegression(max_iter=300)
     pipeline = make_pipeline(fill_in, PCA(20, random_state=0), classifier)
     pipeline.fit(Y_train[:400], words_train[:400])

@@ -22,9 +22,9 @@ class Adam(Method):
     final_rate : float, default=0.01
         Share of the learning rate that is left when the budget ends, along half a cosine over the
         stage at the target lambda. 1 keeps it constant.
-    warm_up : float, default=0.0
-        Share of the same stage over which the learning rate rises to its value. (The first steps'
-        moments are those of single gradients.)
+    warm_up : int, default=0
+        Number of steps in which the learning rate rises to its value. (The first steps' moments are
+        those of single gradients.)
     preconditioner : {"gaussian", None}, default=None
         "gaussian": where the objective has a :class:`GaussianMetric` (in image space), the moments
         are those of the gradient in coordinates that make its Gaussian posterior white.
@@ -35,7 +35,7 @@ class Adam(Method):
         learning_rate=None,
         betas=(0.9, 0.999),
         final_rate=0.01,
-        warm_up=0.0,
+        warm_up=0,
         preconditioner=None,
     ):
         self.learning_rate = learning_rate
@@ -58,6 +58,7 @@ class Adam(Method):
             mean=moment,
             square=moment.clone(),
             row=row,
+            steps=torch.zeros_like(lam),
             # betas to the power of the number of steps; products, because the vectorised power
             # rounds differently from row to row.
             powers=lam.new_ones(len(lam), 2),
@@ -83,7 +84,8 @@ class Adam(Method):
     def propose(self, memory, u, evaluation, lam, progress):
         decay = self.final_rate + (1 - self.final_rate) * 0.5 * (1 + (math.pi * progress).cos())
         if self.warm_up > 0:
-            decay = decay * ((progress + 0.01) / self.warm_up).clamp_max(1.0)
+            memory["steps"] += 1
+            decay = decay * (memory["steps"] / self.warm_up).clamp_max(1.0)
         gradient = evaluation.gradient(lam)
         if self._metric is None:
             step = self.direction(memory, gradient)
@@ -99,6 +101,7 @@ class Adam(Method):
     def forget(self, memory, rows):
         memory["mean"][rows] = memory["square"][rows] = 0.0
         memory["powers"][rows] = 1.0
+        memory["steps"][rows] = 0.0
 
     def soften(self, memory, rows):
         self.forget(memory, rows)

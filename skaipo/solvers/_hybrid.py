@@ -11,7 +11,7 @@ from skaipo.solvers._lbfgs import LBFGS
 __all__ = ["Hybrid"]
 
 _SMOOTH = LBFGS(give_up=0.25)
-_ROUGH = Adam(warm_up=0.1, preconditioner="gaussian")
+_ROUGH = Adam(warm_up=10, preconditioner="gaussian")
 
 
 class Hybrid(Method):
@@ -29,7 +29,7 @@ class Hybrid(Method):
     smooth : LBFGS, default=None
         None: ``LBFGS(give_up=0.25)``, which hands a row over when a quarter of its trials fails.
     rough : Method, default=None
-        None: ``Adam(warm_up=0.1, preconditioner="gaussian")``.
+        None: ``Adam(warm_up=10, preconditioner="gaussian")``.
     """
 
     def __init__(self, smooth=None, rough=None):
