@@ -69,9 +69,9 @@ def demo(n_images=36, max_evals=300, seed=0, output="skaipo-demo.png", shown=12)
     X = X[:n_images]
     print(
         f"{len(X)} held-out digits, lambda = 1, at most {max_evals} flow evaluations per digit, "
-        f"starts included\n\nThe last column is the default's objective minus the method's: the mean "
-        f"of the paired\ndifferences and its 95 % bootstrap interval; below zero the default is "
-        f"better.\n"
+        f"starts included\n\nThe last column is the default's objective minus the method's: the "
+        f"mean of the paired\ndifferences and its 95 % bootstrap interval; below zero the default "
+        f"is better.\n"
     )
     table, pictures = [], []
     lines = []

@@ -470,9 +470,7 @@ def test_on_a_normal_prior_the_start_is_the_answer():
 @pytest.mark.parametrize("what", ["start", "lbfgs", "adam", "hybrid"])
 def test_rows_in_the_metric_are_alone(what, dtype):
     """In batches of 1, 7 and 20, and beside a row of 1e30, a constant one and an empty one."""
-    methods = dict(
-        lbfgs=LBFGS(), adam=Adam(preconditioner="gaussian", warm_up=10), hybrid=Hybrid()
-    )
+    methods = dict(lbfgs=LBFGS(), adam=Adam(preconditioner="gaussian", warm_up=10), hybrid=Hybrid())
     lam = torch.logspace(-1, 1, 20, dtype=dtype)
 
     def solve(rows, poison=()):

@@ -149,9 +149,7 @@ class AIPORegressor(Continuation, Regressor):
     run it starts at ``lam = 0`` instead, at the most probable image that explains the measurements
     exactly, and follows it along a sequence of lambdas with Adam in image space::
 
-        AIPORegressor(
-            op, lam, solver="adam", schedule="linear", init="mle", mle_solver="pgd"
-        )
+        AIPORegressor(op, lam, solver="adam", schedule="linear", init="mle", mle_solver="pgd")
 
     and with ``schedule=TheorySchedule(...)`` and ``solver=GradientDescent(lipschitz=L)`` it is
     their Algorithm 1, with its guarantee.
