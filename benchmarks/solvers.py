@@ -206,8 +206,8 @@ class Bench:
         path.write_text(json.dumps({k: np.asarray(v, float).tolist() for k, v in cell.items()}))
         print(
             f"{flow:8s}{task:11s}{split}{n} {name:34s} {np.nanmean(cell['psnr']):6.2f} dB"
-            f"  objective {np.mean(cell['objective']):9.1f}  {np.max(cell['n_evals']):5.0f} evaluations "
-            f"{seconds:6.0f} s",
+            f"  objective {np.mean(cell['objective']):9.1f}  {np.max(cell['n_evals']):5.0f} "
+            f"evaluations {seconds:6.0f} s",
             flush=True,
         )
         return {k: np.asarray(v, float) for k, v in cell.items()}
