@@ -34,7 +34,7 @@ from skaipo import AIPORegressor, FixedLambdaMAP, FlowPrior, aipo_path
 from skaipo.noise import GaussianNoise
 from skaipo.objective import MAPObjective
 from skaipo.operators import CompressedSensing, Denoising, Inpainting
-from skaipo.solvers import Adam
+from skaipo.solvers import Adam, GeometricSchedule
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -372,7 +372,7 @@ class Bench:
             shared = dict(noise=noise, max_evals=budget)
             lams, _, along, spent = aipo_path(y, op, prior, return_details=True, **shared)
             for label, params in (
-                ("the same schedule", dict(schedule="geometric")),
+                ("the same schedule", dict(schedule=GeometricSchedule(share=0.9))),
                 ("the default", {}),
             ):
                 excess, evaluations = [], 0.0

@@ -55,8 +55,10 @@ def aipo_path(Y, op, prior, *, lams=20, eps=1e-3, return_details=False, **params
     """Reconstructions along a grid of lambdas, by one continuation.
 
     The stages on the way up, the trunk, are shared; each lambda of the grid branches off. Every
-    point of the path equals ``AIPORegressor(op, lam, schedule="geometric", **params)`` at that
-    lambda, whatever the other values of the grid.
+    point of the path equals ``AIPORegressor(op, lam, schedule=GeometricSchedule(share=0.9),
+    **params)`` at that lambda, whatever the other values of the grid. Twenty lambdas take at most
+    three times ``max_evals``, but then each has a shorter way than a single solve that spends
+    ``max_evals`` on it: ``docs/solvers.md`` tells how close they come.
 
     Parameters
     ----------
@@ -74,7 +76,7 @@ def aipo_path(Y, op, prior, *, lams=20, eps=1e-3, return_details=False, **params
     return_details : bool, default=False
         Return the :class:`~skaipo.Reconstruction` of each lambda and the evaluations as well.
     **params
-        Of :class:`AIPORegressor`: noise, solver, space, penalty, schedule, max_evals, tol,
+        Of :class:`AIPORegressor`: noise, solver, space, penalty, schedule, init, max_evals, tol,
         batch_size, n_jobs, verbose.
 
     Returns
@@ -98,7 +100,8 @@ def aipo_path(Y, op, prior, *, lams=20, eps=1e-3, return_details=False, **params
     >>> X_path.shape
     (2, 3, 2)
     """
-    estimator = AIPORegressor(op, prior=prior, **{"schedule": "geometric", **params})
+    params.setdefault("schedule", GeometricSchedule(share=0.9))
+    estimator = AIPORegressor(op, prior=prior, **params)
     _check_schedule(estimator.schedule)
     lams = _grid(lams, eps, estimator)
     results, n_evals = estimator._solve(Y, tuple(lams.tolist()))

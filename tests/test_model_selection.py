@@ -20,11 +20,14 @@ from skaipo.metrics import (
 )
 from skaipo.noise import GaussianNoise
 from skaipo.operators import CompressedSensing, Denoising, Inpainting, LeastSquaresOperator
+from skaipo.solvers import GeometricSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 SIGMA = 0.5
 LAMS = [0.003, 0.1, 1.0, 30.0]
+# What aipo_path takes where nothing is said.
+BRANCHES = GeometricSchedule(share=0.9)
 COMMON = dict(noise=GaussianNoise(SIGMA), max_evals=24)
 
 
@@ -72,7 +75,7 @@ def test_a_point_of_the_path_is_the_single_solve(name):
         Y = drop_entries(Y)
     grids = ([0.0, 0.02, 1.0, 50.0], [1.0], [0.3, 1.0, 2.0, 1e4], [50.0, 0.3, 0.02])
     params = {**COMMON, **params}
-    single = AIPORegressor(op, prior=prior, schedule="geometric", **params)
+    single = AIPORegressor(op, prior=prior, schedule=BRANCHES, **params)
     known = {}
     for grid in grids:
         lams, path = aipo_path(Y, op, prior, lams=grid, **params)
@@ -92,7 +95,7 @@ def test_details_of_the_path_are_those_of_the_single_solves(prior, Y):
     total = 0
     for lam, x, result in zip(lams, path, results, strict=True):
         single = AIPORegressor(
-            Denoising(), float(lam), prior=prior, schedule="geometric", **COMMON
+            Denoising(), float(lam), prior=prior, schedule=BRANCHES, **COMMON
         ).reconstruct(Y)
         assert result.lam == lam == single.lam
         np.testing.assert_array_equal(x, result.x)
@@ -101,6 +104,22 @@ def test_details_of_the_path_are_those_of_the_single_solves(prior, Y):
         total += int(single.n_evals.sum())
     # The trunk and the start are shared.
     assert results[-1].n_evals.sum() < n_evals < total
+
+
+def test_twenty_lambdas_at_the_price_of_three_solves():
+    """And none of them is a short cut: the objective is that of a solve for one lambda alone."""
+    prior = load_digits_prior("cpu")
+    op, noise = Denoising(), GaussianNoise(2.0)
+    Y = noise.add_noise(load_digits_split()[1][:6], random_state=0)
+    shared = dict(noise=noise, max_evals=300)
+    lams, _, along, n_evals = aipo_path(Y, op, prior, return_details=True, **shared)
+    assert len(lams) == 20 and n_evals <= 3 * 300 * len(Y)
+    lam = float(lams[10])
+    single = AIPORegressor(op, lam, prior=prior, schedule=BRANCHES, **shared).reconstruct(Y)
+    np.testing.assert_array_equal(along[10].objective, single.objective)
+    direct = AIPORegressor(op, lam, prior=prior, **shared).reconstruct(Y)
+    # (Now and then one of the two finds the lower of two minima.)
+    assert np.median(along[10].objective / direct.objective - 1) < 0.005
 
 
 def test_the_path_approaches_the_closed_form(prior, Y):
@@ -254,7 +273,7 @@ def test_errors_along_the_path(prior, X, Y):
     search = AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, cv=3, **COMMON).fit(Y, X)
     assert search.mse_path_.shape == (len(LAMS), 3)
     np.testing.assert_array_equal(search.mse_path_.mean(1), -search.cv_results_["mean_test_score"])
-    _, path = aipo_path(Y, Denoising(), prior, lams=LAMS, **COMMON)
+    _, path = aipo_path(Y, Denoising(), prior, lams=LAMS, schedule="geometric", **COMMON)
     for k, (_, test) in enumerate(KFold(3).split(Y)):
         errors = [((x[test] - X[test]) ** 2).mean() for x in path]
         np.testing.assert_allclose(search.mse_path_[:, k], errors, rtol=1e-12)
