@@ -330,7 +330,7 @@ class Bench:
     def continuation(self, flow, task):
         n = self.args.validation // 2
         lam, _ = self.tuned(flow, task, "skaipo", 100)
-        for budget in (100, 300):
+        for budget in self.args.continuation_budgets:
             for init in ("gaussian", "mle"):
                 for schedule in ("direct", "linear", "geometric", "adaptive"):
 
@@ -490,6 +490,7 @@ def main():
     parser.add_argument("--long-images", type=int, default=32, help="beyond 300 evaluations")
     parser.add_argument("--reach-images", type=int, default=32)
     parser.add_argument("--reach-rates", nargs="+", type=float, default=[0.02])
+    parser.add_argument("--continuation-budgets", nargs="+", type=int, default=[100, 300])
     parser.add_argument("--path-images", type=int, default=8)
     parser.add_argument("--validation", type=int, default=40)
     parser.add_argument("--curve", nargs="+", type=int, default=[30, 100, 300, 1000])

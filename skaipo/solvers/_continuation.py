@@ -69,6 +69,9 @@ def _climb(objective, state, target, method, schedule, max_evals, history):
         easy = mastered & (2 * (objective.n_evals - before) <= schedule.stage_evals)
         factor = torch.where(easy, 4.0, torch.where(mastered, 2.0, 0.5))
         step = torch.where(climbing, factor.to(step) * step, step)
+        # A row that cannot take a step at all, however short, is left for the target.
+        helpless = climbing & ~mastered & (objective.n_evals == before)
+        step = torch.where(helpless, torch.inf, step)
         u_before = torch.where(climbing[:, None], here, u_before)
         lam_before = torch.where(climbing, lam, lam_before)
         u, evaluation, memory, lam = solution.u, solution.evaluation, solution.memory, ahead
