@@ -199,7 +199,11 @@ class LBFGS(Method):
         if self.give_up is None:
             return torch.zeros_like(memory["stuck"])
         few = memory["failed"] < self._MIN_FAILED
-        return ~few & (memory["failed"] > self.give_up * memory["tried"])
+        often = memory["failed"] > self.give_up * memory["tried"]
+        # -slope is the squared distance to the minimum, in standard deviations of the Gaussian
+        # posterior, as far as the curvature is known. From afar nothing else gets there in time.
+        near = -memory["slope"] <= memory["direction"].shape[1]
+        return ~few & often & near
 
     def stalled(self, memory, idle):
         return memory["stuck"] | self.gave_up(memory) | super().stalled(memory, idle)
