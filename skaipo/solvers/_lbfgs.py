@@ -30,8 +30,9 @@ class LBFGS(Method):
         "gaussian": where the objective has a :class:`GaussianMetric` (in image space), the
         two-loop recursion starts from its inverse instead of a multiple of the identity.
     give_up : float in (0, 1), default=None
-        A row has stalled when more than this share of its trials has failed, and at least three.
-        None: never for that reason.
+        A row has stalled when more than this share of its trials has failed, at least three, and
+        its minimum is near: the squared Newton decrement is no more than the dimension, which is
+        one standard deviation per coordinate. None: never for that reason.
     """
 
     def __init__(self, memory=30, first_step=0.05, preconditioner="gaussian", give_up=None):
