@@ -31,6 +31,8 @@ from train_faces_prior import DATA, load_faces
 
 import skaipo
 from skaipo import AIPORegressor, FixedLambdaMAP, FlowPrior, aipo_path
+from skaipo.__main__ import paired_interval
+from skaipo.metrics import psnr_score
 from skaipo.noise import GaussianNoise
 from skaipo.objective import MAPObjective
 from skaipo.operators import CompressedSensing, Denoising, Inpainting
@@ -67,27 +69,11 @@ def measure(task, x, seed):
 # ---------------------------------------------------------------------------------- the methods
 
 
-def paper(op, noise, prior, lam, budget, rate):
-    """Algorithm 1 in practice, as the paper runs it: Adam in x, from the MLE by projected Adam."""
-    return AIPORegressor(
-        op,
-        lam,
-        prior=prior,
-        noise=noise,
-        solver=Adam(rate),
-        space="image",
-        schedule="linear",
-        init="mle",
-        mle_solver="pgd",
-        max_evals=budget,
-    )
-
-
-def fixed(init):
-    """The paper's baselines: Adam in x at the target lambda, from one of three starts."""
+def adam(estimator, init, **params):
+    """Adam in x: the paper's AIPO (from the MLE, linear) and its baselines (fixed lambda)."""
 
     def make(op, noise, prior, lam, budget, rate):
-        return FixedLambdaMAP(
+        return estimator(
             op,
             lam,
             prior=prior,
@@ -97,6 +83,7 @@ def fixed(init):
             mle_solver="pgd",
             random_state=0,
             max_evals=budget,
+            **params,
         )
 
     return make
@@ -151,10 +138,10 @@ class GlowIP:
 
 METHODS = {
     "skaipo": (default, (None,)),
-    "AIPO, Adam": (paper, RATES),
-    "Adam, mle": (fixed("mle"), RATES),
-    "Adam, zero": (fixed("zero"), RATES),
-    "Adam, random": (fixed("random"), RATES),
+    "AIPO, Adam": (adam(AIPORegressor, "mle", schedule="linear"), RATES),
+    "Adam, mle": (adam(FixedLambdaMAP, "mle"), RATES),
+    "Adam, zero": (adam(FixedLambdaMAP, "zero"), RATES),
+    "Adam, random": (adam(FixedLambdaMAP, "random"), RATES),
     "GlowIP": (GlowIP, (0.01, 0.1, 1.0)),
 }
 
@@ -196,9 +183,8 @@ class Bench:
             warnings.simplefilter("ignore", ConvergenceWarning)
             result = model.reconstruct(y)
         seconds = time.perf_counter() - start
-        error = np.mean((result.x.reshape(n, -1) / 255 - x.reshape(n, -1) / 255) ** 2, axis=1)
         cell = dict(
-            psnr=-10 * np.log10(error),
+            psnr=psnr_score(x, result.x, data_range=255, per_image=True),
             objective=result.objective,
             n_evals=result.n_evals,
             seconds=np.full(n, seconds / n),
@@ -425,13 +411,12 @@ class Bench:
                 )
 
 
-def interval(values, seed, repeats=2000):
-    """Mean over images and its 95 % bootstrap interval."""
+def interval(values, seed):
+    """Mean over images and its 95 % bootstrap interval; failures count as zero."""
     values = np.asarray(values, dtype=float)
-    values = np.where(np.isfinite(values), values, 0.0)
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (repeats, len(values)))].mean(1)
-    return float(values.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
+    return [
+        float(v) for v in paired_interval(np.where(np.isfinite(values), values, 0.0), seed=seed)
+    ]
 
 
 def draw(rows, path):

@@ -166,14 +166,16 @@ def solve_chunk(problem, y, starts):
     """
     if len(starts) > 1:
         problem = replace(problem, max_evals=problem.max_evals // len(starts))
-    runs, total = [], 0
+    runs, total, metric = [], 0, None
     for start in starts:
         # One frozen module serves everything; a worker unpacks it once per chunk.
         objective = MAPObjective(
             problem.prior.flow_, problem.op, problem.noise, y, problem.space, problem.penalty
         )
         if problem.surrogate is not None:
-            objective.metric = GaussianMetric(problem.surrogate, objective)
+            # The same for every start: it knows of the measurements, not of the iterates.
+            metric = GaussianMetric(problem.surrogate, objective) if metric is None else metric
+            objective.metric = metric
         history = [] if problem.history else None
         results, spent = [], 0
         for lam, solution, n_evals, so_far in _solutions(problem, objective, start, history):

@@ -53,10 +53,20 @@ def flow_prior(architecture=RealNVP, event_shape=(6,)):
 # The path
 
 PATHS = {
-    "gaussian, adam": lambda: (gaussian_prior(6), Denoising(), {}),
+    "gaussian, default": lambda: (gaussian_prior(6), Denoising(), {}),
+    "gaussian, adam from the mle": lambda: (
+        gaussian_prior(6),
+        Denoising(),
+        dict(solver="adam", init="mle", mle_solver="pgd"),
+    ),
     "gaussian, lbfgs": lambda: (gaussian_prior(6), CompressedSensing(4), dict(solver="lbfgs")),
     "gaussian, gd": lambda: (gaussian_prior(6), Inpainting(), dict(solver="gd", batch_size=4)),
-    "flow, adam": lambda: (flow_prior(), CompressedSensing(4), dict(batch_size=5)),
+    "flow, default": lambda: (flow_prior(), CompressedSensing(4), dict(batch_size=5)),
+    "flow, adam from the mle": lambda: (
+        flow_prior(),
+        CompressedSensing(4),
+        dict(solver="adam", init="mle", mle_solver="pgd", batch_size=5),
+    ),
     "flow, lbfgs in z": lambda: (flow_prior(), Denoising(), dict(solver="lbfgs", space="latent")),
     "glow, latent penalty": lambda: (
         flow_prior(Glow, (1, 4, 4)),

@@ -50,7 +50,8 @@ def Y(X):
 
 
 MODELS = {
-    "adam": dict(),
+    "default": dict(),
+    "adam": dict(solver="adam", schedule="linear", init="mle", mle_solver="pgd"),
     "lbfgs in z": dict(solver="lbfgs", space="latent"),
     "geometric": dict(schedule="geometric"),
 }

@@ -88,12 +88,12 @@ def test_keeps_the_best_weights_of_the_validation(architecture):
     x_val = torch.tensor(mixture(100, 1), dtype=torch.float32)
     flow = architecture((2,), n_steps=4, hidden_channels=64)
     history = train_flow(
-        flow, x, x_val, max_epochs=40, learning_rate=2e-2, warmup_steps=5, ema_decay=0.5
+        flow, x, x_val, max_epochs=60, learning_rate=2e-2, warmup_steps=5, ema_decay=0.5
     )
     scores = [record["val_nll"] for record in history]
     best = int(np.argmin(scores))
     assert 0 < best < len(scores) - 1  # otherwise first or last weights would do as well
-    assert scores[-1] > scores[best] + 1e-4
+    assert scores[-1] > scores[best] + 1e-3
     assert -mean_log_prob(flow, x_val) / 2 == pytest.approx(scores[best], rel=1e-9)
     assert not flow.training
     assert not any(parameter.requires_grad for parameter in flow.parameters())

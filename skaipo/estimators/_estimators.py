@@ -142,12 +142,13 @@ class Continuation:
 class AIPORegressor(Continuation, Regressor):
     """MAP reconstruction with a flow as prior: ``argmin_x nll(y, f(x)) - lam * log p_G(x)``.
 
-    The defaults are what reached the lowest objective and the highest PSNR per flow evaluation on
-    three tasks, two flows and three noise levels (``benchmarks/solvers.py``; ``docs/solvers.md``
-    explains them): start from the solution under a Gaussian with the prior's two moments, and
-    minimise at the target, in the metric of that Gaussian's posterior. AIPO as Liu et al. (2023)
-    run it starts at ``lam = 0`` instead, at the most probable image that explains the measurements
-    exactly, and follows it along a sequence of lambdas with Adam in image space::
+    The defaults are what reached the lowest objective per flow evaluation on denoising, inpainting
+    and compressed sensing of faces (``benchmarks/solvers.py``; ``docs/solvers.md`` has the figures,
+    and tells where another solver has the higher PSNR): start from the solution under a Gaussian
+    with the prior's two moments, and minimise at the target, in the metric of that Gaussian's
+    posterior. AIPO as Liu et al. (2023) run it starts at ``lam = 0`` instead, at the most probable
+    image that explains the measurements exactly, and follows it along a sequence of lambdas with
+    Adam in image space::
 
         AIPORegressor(op, lam, solver="adam", schedule="linear", init="mle", mle_solver="pgd")
 
