@@ -64,6 +64,13 @@ class ActNorm(nn.Module):
         # Constant channels (image borders) would ask for an infinite scale.
         self.log_scale.copy_((-std.log()).clamp(-_MAX_LOG_SCALE / 2, _MAX_LOG_SCALE / 2))
 
+    @torch.no_grad()
+    def affine(self):
+        """Matrix, bias and log-determinant per position, in float64 on the CPU."""
+        log_scale = self.log_scale.cpu().double().clamp(-_MAX_LOG_SCALE, _MAX_LOG_SCALE)
+        scale = log_scale.exp()
+        return scale.diag(), self.bias.cpu().double() * scale, log_scale.sum()
+
     def forward(self, x):
         bias, log_scale, log_det = self._terms(x)
         return (x + bias) * log_scale.exp(), log_det
@@ -130,6 +137,13 @@ class InvertibleLinear(nn.Module):
                 dtype = self.lower.dtype
                 self._cache = (key, weight.to(dtype), inverse.to(dtype), log_det)
         return self._cache[1:]
+
+    @torch.no_grad()
+    def affine(self):
+        """Matrix, bias and log-determinant per position, in float64 on the CPU."""
+        lower, upper, log_det = (t.cpu().double() for t in self._factors())
+        weight = self.permutation.cpu().double() @ lower @ upper
+        return weight, weight.new_zeros(len(weight)), log_det
 
     def _terms(self, inverse):
         if torch.is_grad_enabled() and self.lower.requires_grad:

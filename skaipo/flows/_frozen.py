@@ -1,0 +1,986 @@
+"""The evaluation of a frozen flow: values, log-determinants and products with the Jacobian.
+
+The layers of :mod:`skaipo.flows._layers` are the reference. Here the same maps are laid out for
+one purpose, to be evaluated with their gradient thousands of times while no parameter changes:
+matrices are multiplied together once, constant log-determinants are added up once, channels lie
+innermost in memory, and the backward pass is written out, so that it keeps two activations per
+coupling or, inverting the flow as it goes back, none (Gomez et al., "The Reversible Residual
+Network: Backpropagation Without Storing Activations", NeurIPS 2017).
+
+Shapes being known in advance, an evaluation is a program: a list of functions without arguments on
+buffers that stay where they are. A batch is an array ``h`` of shape ``(n, H, W, C)``, or ``(n, d)``
+for vectors, and a list of the parts that have left at a split. Every operation has two methods.
+``plan(h, parts, inverse, log_det, space, steps)`` appends the steps that map one way or the other,
+and returns their output. ``plan_back(g, parts, inverse, weights, space, steps)`` appends those that
+turn gradients with respect to the output into gradients with respect to the input; ``weights`` are
+those with respect to the log-determinant. Steps may overwrite what they read. What the way back
+needs of the way there stays in the workspace ``space``, and a coupling leaves the same there
+whichever way it was mapped: that is what lets a pass back along the inverse serve as well as one
+along stored activations.
+"""
+
+import math
+import os
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from skaipo.flows._layers import (
+    ActNorm,
+    AffineCoupling,
+    InvertibleLinear,
+    MaskedCoupling,
+    Split,
+    Squeeze,
+)
+
+__all__ = ["FrozenEvaluator", "ReferenceEvaluator", "UnknownLayerError", "kernels"]
+
+KERNELS = ("fused", "reference")
+MEMORY = ("auto", "store", "recompute")
+# Activations that "auto" keeps at most, per process. Fixed: what is free just now differs from run
+# to run, and with it would the last bits of the results.
+_CPU_BYTES = 2**29
+
+
+class UnknownLayerError(TypeError):
+    """A layer that is not one of this package's."""
+
+
+def kernels():
+    """Which kernels evaluate flows: "fused", or "reference" for the plain layers and autograd.
+
+    The environment variable ``SKAIPO_KERNELS``; worker processes inherit it.
+    """
+    name = os.environ.get("SKAIPO_KERNELS", "fused")
+    if name not in KERNELS:
+        raise ValueError(
+            f"The environment variable SKAIPO_KERNELS must be one of {', '.join(KERNELS)}, got "
+            f"{name!r}."
+        )
+    return name
+
+
+class ReferenceEvaluator:
+    """Any flow as it is, differentiated by autograd.
+
+    Parameters
+    ----------
+    flow : Flow
+    """
+
+    def __init__(self, flow):
+        self.flow = flow
+
+    @torch.no_grad()
+    def forward(self, x):
+        """Latents ``z`` (n, d) and ``log |det dz/dx|`` (n,) of ``x`` (n, d)."""
+        return self.flow(x)
+
+    @torch.no_grad()
+    def inverse(self, z):
+        """Images ``x`` (n, d) and ``log |det dx/dz|`` (n,) of ``z`` (n, d)."""
+        x, log_det = self.flow.inverse_and_log_det(z)
+        return x.flatten(1), log_det
+
+    def linearize(self, x):
+        """Evaluate at ``x`` for products with the Jacobian there.
+
+        Parameters
+        ----------
+        x : torch.Tensor of shape (n, d)
+
+        Returns
+        -------
+        z : torch.Tensor of shape (n, d)
+        log_det : torch.Tensor of shape (n,)
+        pull : callable
+            ``pull((v, c), ...)`` returns, for each pair of ``v`` (n, d) or None for zeros and
+            number ``c``, the gradient in ``x`` of ``(v * z).sum() + c * log_det.sum()``, of shape
+            (n, d). To be called once.
+        """
+        return self._linearize(self.flow, x)
+
+    def linearize_inverse(self, z):
+        """The same for ``x`` as a function of ``z``."""
+        return self._linearize(self.flow.inverse_and_log_det, z)
+
+    @staticmethod
+    def _linearize(function, u):
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            value, log_det = function(u)
+            value = value.flatten(1)
+
+        def pull(*cotangents):
+            gradients = []
+            for v, c in cotangents:
+                outputs, weights = [], []
+                if v is not None:
+                    outputs, weights = [value], [v]
+                # The volume of a flow may not depend on where it is: a Gaussian's does not.
+                if c != 0 and log_det.requires_grad:
+                    outputs, weights = [*outputs, log_det], [*weights, torch.full_like(log_det, c)]
+                if not outputs:
+                    gradients.append(torch.zeros_like(u))
+                    continue
+                retain = len(gradients) + 1 < len(cotangents)
+                gradients += torch.autograd.grad(outputs, u, weights, retain_graph=retain)
+            return gradients
+
+        return value.detach(), log_det.detach(), pull
+
+
+class FrozenEvaluator:
+    """The multi-scale flows of this package, laid out for evaluation.
+
+    It has the methods of :class:`ReferenceEvaluator`, and the same results to rounding. Threads can
+    share one.
+
+    Parameters
+    ----------
+    flow : MultiscaleFlow
+        Its parameters are copied: later changes do not show.
+    memory : {"auto", "store", "recompute"} or int, default="auto"
+        Whether a pass back uses activations that were kept, or computes them again from the
+        outputs, for about half as much time more. A number is a budget in bytes above which they
+        are computed again; "auto" is one of 512 MiB, on a GPU of a quarter of its memory.
+
+    Raises
+    ------
+    UnknownLayerError
+        For layers that are not this package's.
+    """
+
+    def __init__(self, flow, memory="auto"):
+        if memory not in MEMORY and (isinstance(memory, bool) or not isinstance(memory, int)):
+            raise ValueError(
+                f"memory must be 'auto', 'store', 'recompute' or a number of bytes, got {memory!r}."
+            )
+        self.memory = memory
+        self.n_features = flow.n_features
+        self._event = _Layout(flow.event_shape)
+        self._parts = [_Layout(shape) for shape in flow._latent_shapes()]
+        self._loc, self._scale = float(flow.loc), float(flow.scale)
+        self._operations = list(_operations(flow))
+        self._log_det = sum(op.log_det for op in self._operations)
+        self._log_det -= flow.n_features * math.log(self._scale)
+        self._like = flow.loc.detach().clone()
+        size = self._like.element_size()
+        self._bytes_per_row = size * sum(op.kept_per_row for op in self._operations)
+        # How far an input may be from its own recomputation, in standard deviations.
+        self._drift = 1e-3 if self._like.dtype == torch.float32 else 1e-9
+        self._idle = {True: [], False: []}
+
+    def forward(self, x):
+        """Latents ``z`` (n, d) and ``log |det dz/dx|`` (n,) of ``x`` (n, d)."""
+        with self._borrowed() as space:
+            return self._map(x, False, space)
+
+    def inverse(self, z):
+        """Images ``x`` (n, d) and ``log |det dx/dz|`` (n,) of ``z`` (n, d)."""
+        with self._borrowed() as space:
+            return self._map(z, True, space)
+
+    def linearize(self, x):
+        """See :meth:`ReferenceEvaluator.linearize`."""
+        return self._linearize(x, False)
+
+    def linearize_inverse(self, z):
+        """See :meth:`ReferenceEvaluator.linearize_inverse`."""
+        return self._linearize(z, True)
+
+    # Workspaces that nobody uses just now; a list's pop and append are atomic.
+
+    def _borrow(self, keeps):
+        try:
+            return self._idle[keeps].pop()
+        except IndexError:
+            return _Workspace(self._like, keeps)
+
+    def _give_back(self, space):
+        self._idle[space.keeps].append(space)
+
+    @contextmanager
+    def _borrowed(self):
+        space = self._borrow(False)
+        yield space
+        self._give_back(space)
+
+    def _stores(self, u):
+        if self.memory in ("store", "recompute"):
+            return self.memory == "store"
+        budget = self.memory
+        if budget == "auto":
+            budget = _CPU_BYTES
+            if u.is_cuda:
+                budget = torch.cuda.get_device_properties(u.device).total_memory // 4
+        return len(u) * self._bytes_per_row <= budget
+
+    def _linearize(self, u, inverse):
+        u = u.detach()
+        space = None
+        if self._stores(u):
+            space = self._borrow(True)
+            value, log_det = self._map(u, inverse, space)
+        else:
+            value, log_det = (self.inverse if inverse else self.forward)(u)
+
+        @torch.no_grad()
+        def pull(*cotangents):
+            zeros = torch.zeros_like(value)
+            cotangents = [(zeros if v is None else v, c) for v, c in cotangents]
+            if space is None:
+                return self._pull_along_inverse(u, value, cotangents, inverse)
+            gradients = self._pull(cotangents, inverse, space)
+            self._give_back(space)
+            return gradients
+
+        return value, log_det, pull
+
+    def _pull_along_inverse(self, u, value, cotangents, inverse):
+        """Gradients without stored activations."""
+        with self._borrowed() as space:
+            *gradients, back = self._pull(cotangents, inverse, space, value)
+        # Rows that the inverse did not lead back to where they came from, and that could have
+        # been: their activations are stored after all, a few rows at a time.
+        u = u.reshape(len(u), -1)
+        near = (back - u).abs().amax(1) <= self._drift * (1.0 if inverse else self._scale)
+        astray = ~near & u.isfinite().all(1) & value.isfinite().all(1)
+        for rows in astray.nonzero()[:, 0].split(16) if astray.any() else ():
+            space = self._borrow(True)
+            self._map(u[rows], inverse, space)
+            chosen = [(v[rows], c) for v, c in cotangents]
+            for whole, part in zip(gradients, self._pull(chosen, inverse, space), strict=True):
+                whole[rows] = part
+            self._give_back(space)
+        return gradients
+
+    # Programs, and how batches get in and out of them.
+
+    @torch.no_grad()
+    def _map(self, u, inverse, space):
+        space.resize(len(u))
+        ends, outputs, steps, log_dets, signs = space.program(
+            ("map", inverse), self._plan_map, inverse
+        )
+        self._load(u, ends, latent=inverse)
+        for step in steps:
+            step()
+        constant = -self._log_det if inverse else self._log_det
+        log_det = torch.full_like(u[:, 0].flatten(1)[:, 0] if u.ndim > 2 else u[:, 0], constant)
+        if len(signs):
+            log_det = torch.addmv(log_det, log_dets.T, signs)
+        return self._unload(outputs, latent=not inverse), log_det
+
+    def _plan_map(self, space, inverse):
+        ends = self._ends(space, "h", space.n, latent=inverse)
+        couplings = sum(op.bound is not None for op in self._operations)
+        log_dets, signs, steps = space.buffer("log-dets", couplings, space.n), [], []
+        h, parts = ends[-1], list(ends[:-1])
+        for op in reversed(self._operations) if inverse else self._operations:
+            total = None
+            if op.bound is not None:
+                total = log_dets[len(signs)]
+                signs.append(op.bound if inverse == op.flip else -op.bound)
+            h = op.plan(h, parts, inverse, total, space, steps)
+        return ends, [*parts, h], steps, log_dets, self._like.new_tensor(signs)
+
+    def _pull(self, cotangents, inverse, space, value=None):
+        """Gradients per cotangent; given ``value``, along the inverse from there, and to where.
+
+        Several cotangents go back as one batch: what an operation keeps serves them all.
+        """
+        space.resize(len(cotangents[0][0]))
+        ends, g_ends, weights, outputs, g_outputs, steps = space.program(
+            ("pull", inverse, len(cotangents), value is not None),
+            self._plan_pull,
+            inverse,
+            len(cotangents),
+            value is not None,
+        )
+        stacked = torch.cat([v for v, _ in cotangents])
+        for rows, (_, c) in zip(weights.split(space.n), cotangents, strict=True):
+            rows.fill_(c)
+        self._load(stacked, g_ends, latent=not inverse, gradient=True)
+        if value is not None:
+            self._load(value, ends, latent=not inverse)
+        for step in steps:
+            step()
+        gradients = self._unload(g_outputs, latent=inverse, gradient=True).split(space.n)
+        if value is None:
+            return list(gradients)
+        return [*gradients, self._unload(outputs, latent=inverse)]
+
+    def _plan_pull(self, space, inverse, times, along_inverse):
+        rows = times * space.n
+        g_ends = self._ends(space, "g", rows, latent=not inverse)
+        weights = space.buffer("weights", rows)
+        g, g_parts, steps = g_ends[-1], list(g_ends[:-1]), []
+        ends = h = None
+        parts = []
+        if along_inverse:
+            ends = self._ends(space, "h", space.n, latent=not inverse)
+            h, parts = ends[-1], list(ends[:-1])
+        for op in self._operations if inverse else reversed(self._operations):
+            if along_inverse:
+                h = op.plan(h, parts, not inverse, None, space, steps)
+            g = op.plan_back(g, g_parts, inverse, weights, space, steps)
+        return ends, g_ends, weights, [*parts, h], [*g_parts, g], steps
+
+    def _layouts(self, latent):
+        return self._parts if latent else [self._event]
+
+    def _ends(self, space, role, rows, latent):
+        """Buffers for the rows that come in."""
+        return [
+            space.buffer((role, "in", i), rows, *layout.inside)
+            for i, layout in enumerate(self._layouts(latent))
+        ]
+
+    def _load(self, u, ends, latent, gradient=False):
+        layouts = self._layouts(latent)
+        pieces = u.reshape(len(u), -1).split([layout.size for layout in layouts], 1)
+        for layout, piece, end in zip(layouts, pieces, ends, strict=True):
+            end.copy_(layout.view_inside(piece))
+            if not latent and gradient:
+                end.mul_(self._scale)
+            elif not latent:
+                end.sub_(self._loc).div_(self._scale)
+
+    def _unload(self, outputs, latent, gradient=False):
+        layouts = self._layouts(latent)
+        pieces = [
+            layout.view_outside(output).reshape(len(output), -1)
+            for layout, output in zip(layouts, outputs, strict=True)
+        ]
+        u = torch.cat(pieces, dim=1)
+        if latent:
+            return u
+        return u.div_(self._scale) if gradient else u.mul_(self._scale).add_(self._loc)
+
+
+class _Layout:
+    """Rows as they are outside, channels outermost, and inside, channels innermost."""
+
+    def __init__(self, shape):
+        self.outside = tuple(shape)
+        self.inside = (*self.outside[1:], self.outside[0])
+        self.size = math.prod(shape)
+
+    def view_inside(self, rows):
+        rows = rows.reshape(-1, *self.outside)
+        return rows.movedim(1, -1)
+
+    @staticmethod
+    def view_outside(h):
+        return h.movedim(-1, 1)
+
+
+class _Workspace:
+    """Buffers for one batch at a time, used again for the next, and programs on them.
+
+    New memory is slow: mapping its pages can take longer than computing what goes into them.
+
+    Parameters
+    ----------
+    like : torch.Tensor
+        Of the dtype and on the device of the buffers.
+    keeps : bool
+        Whether every operation has buffers of its own for what it keeps, or all share the same.
+    """
+
+    _MAX_SIZES = 8
+
+    def __init__(self, like, keeps):
+        self.like = like
+        self.keeps = keeps
+        self.n = 0
+        self.graphs = {}  # of networks that autograd differentiates
+        self._storage = {}
+        self._programs = {}
+
+    def resize(self, n):
+        """Prepare for ``n`` rows."""
+        self.n = n
+        if n not in self._programs and len(self._programs) == self._MAX_SIZES:
+            self._programs.clear()
+
+    def program(self, key, plan, *args):
+        """``plan(self, *args)``, once per ``key`` and number of rows."""
+        programs = self._programs.setdefault(self.n, {})
+        if key not in programs:
+            programs[key] = plan(self, *args)
+        return programs[key]
+
+    def buffer(self, name, rows, *shape):
+        """An array of shape ``(rows, *shape)``, zero at first; the same for the same name."""
+        key = name, shape
+        storage = self._storage.get(key)
+        if storage is None or len(storage) < rows:
+            storage = self._storage[key] = self.like.new_zeros(rows, *shape)
+            # Programs for fewer rows keep what they were planned with; let go of it.
+            self._programs.clear()
+        return storage[:rows]
+
+    def other(self, role, h):
+        """A buffer of the shape of ``h`` that is not ``h``."""
+        first = self.buffer((role, 0), *h.shape)
+        if first.data_ptr() != h.data_ptr():
+            return first
+        return self.buffer((role, 1), *h.shape)
+
+    def kept(self, owner, name, *shape):
+        """A buffer for what ``owner`` keeps for its pass back."""
+        return self.buffer((name, id(owner)) if self.keeps else name, self.n, *shape)
+
+
+# ------------------------------------------------------------------------------- the operations
+
+
+class _Operation:
+    """See the head of the module."""
+
+    log_det = 0.0  # its constant part
+    kept_per_row = 0  # numbers kept for the pass back
+    bound = None  # of its log-scales, if it has any
+
+    def plan(self, h, parts, inverse, log_det, space, steps):
+        raise NotImplementedError
+
+    def plan_back(self, g, parts, inverse, weights, space, steps):
+        raise NotImplementedError
+
+
+class _Permutation(_Operation):
+    """Its transpose is its inverse."""
+
+    def plan_back(self, g, parts, inverse, weights, space, steps):
+        return self._plan(g, parts, not inverse, space, steps, "g")
+
+    def plan(self, h, parts, inverse, log_det, space, steps):
+        return self._plan(h, parts, inverse, space, steps, "h")
+
+
+class _SpaceToDepth(_Permutation):
+    """Blocks of 2 x 2 pixels become channels, in the order of ``pixel_unshuffle``."""
+
+    def _plan(self, h, parts, inverse, space, steps, role):
+        n, height, width, channels = h.shape
+        if inverse:
+            output = space.buffer((role, 0), n, 2 * height, 2 * width, channels // 4)
+            fine, coarse = output, h
+        else:
+            output = space.buffer((role, 0), n, height // 2, width // 2, 4 * channels)
+            fine, coarse = h, output
+        n, height, width, channels = fine.shape
+        fine = fine.view(n, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 5, 2, 4)
+        coarse = coarse.view(n, height // 2, width // 2, channels, 2, 2)
+        source, target = (coarse, fine) if inverse else (fine, coarse)
+        steps.append(lambda: target.copy_(source))
+        return output
+
+
+class _Cut(_Permutation):
+    """The channels after the first ``size`` leave."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def _plan(self, h, parts, inverse, space, steps, role):
+        if inverse:
+            part = parts.pop()
+            width = h.shape[-1] + part.shape[-1]
+            output = space.buffer((role, 0), *h.shape[:-1], width)
+            steps.append(lambda: torch.cat((h, part), dim=-1, out=output))
+            return output
+        # The part stays where it is: no later level has buffers of this one's shape.
+        parts.append(h[..., self.size :])
+        kept = h[..., : self.size]
+        output = space.buffer((role, 0), *kept.shape)
+        steps.append(lambda: output.copy_(kept))
+        return output
+
+
+class _Affine(_Operation):
+    """One affine map of the channels: ActNorm and 1x1 convolutions in a row, multiplied together.
+
+    Parameters
+    ----------
+    layers : list of ActNorm or InvertibleLinear
+    positions : int
+        Pixels per channel.
+    """
+
+    def __init__(self, layers, positions):
+        like = next(layers[0].parameters())
+        matrix = back = torch.eye(_channels(layers[0]), dtype=torch.float64)
+        bias, log_det = matrix.new_zeros(len(matrix)), 0.0
+        for layer in layers:  # of rows: h @ matrix + bias
+            weight, shift, log_scale = layer.affine()
+            matrix, bias = matrix @ weight.T, bias @ weight.T + shift
+            back = torch.linalg.inv(weight.T) @ back
+            log_det += float(log_scale)
+        self.log_det = positions * log_det
+        self.diagonal = all(isinstance(layer, ActNorm) for layer in layers)
+        back_bias = -bias @ back
+        if self.diagonal:
+            matrix, back = matrix.diagonal(), back.diagonal()
+        self.matrix, self.bias, self.back, self.back_bias = (
+            t.contiguous().to(like.dtype).to(like.device) for t in (matrix, bias, back, back_bias)
+        )
+
+    def plan(self, h, parts, inverse, log_det, space, steps):
+        matrix, bias = (self.back, self.back_bias) if inverse else (self.matrix, self.bias)
+        if self.diagonal:
+            steps.append(lambda: torch.addcmul(bias, h, matrix, out=h))
+            return h
+        output = space.other("h", h)
+        flat, flat_output = h.view(-1, len(bias)), output.view(-1, len(bias))
+        # Not addmm: with a place to write to, it copies the bias there first.
+        steps.append(lambda: torch.mm(flat, matrix, out=flat_output).add_(bias))
+        return output
+
+    def plan_back(self, g, parts, inverse, weights, space, steps):
+        matrix = self.back if inverse else self.matrix
+        if self.diagonal:
+            steps.append(lambda: g.mul_(matrix))
+            return g
+        output = space.other("g", g)
+        flat, flat_output = g.view(-1, len(matrix)), output.view(-1, len(matrix))
+        transpose = matrix.T.contiguous()
+        steps.append(lambda: torch.mm(flat, transpose, out=flat_output))
+        return output
+
+
+class _Coupling(_Operation):
+    """``y = x exp(s) + t`` of some channels, ``s`` and ``t`` a network's of the others.
+
+    Parameters
+    ----------
+    layer : AffineCoupling or Split
+    shape : tuple of int
+        Height and width, or nothing for vectors.
+    """
+
+    def __init__(self, layer, shape):
+        first, second = layer.sizes
+        groups = slice(0, first), slice(first, None)
+        if getattr(layer, "swap", False):
+            groups, second = groups[::-1], first
+        self.source, self.target = groups
+        # A split is a coupling the other way round: what leaves is (x - t) exp(-s).
+        self._init(layer, shape, second, flip=isinstance(layer, Split))
+
+    def _init(self, layer, shape, size, flip):
+        self.bound = layer.bound
+        self.net = _network(layer.net, size, layer.bound)
+        self.size, self.flip = size, flip
+        self.kept_per_row = math.prod(shape) * (self.net.kept_per_position + 3 * size)
+
+    def _kept(self, space, shape):
+        return [space.kept(self, name, *shape, self.size) for name in ("x", "tanh", "factor")]
+
+    def _plan_outputs(self, h, space, steps):
+        """The network's outputs: ``s / bound`` before its tanh, and ``t``."""
+        return self.net.plan(h[..., self.source], space, steps)
+
+    def _plan_sum(self, g, output, sign, space, steps):
+        """Add to the gradient what goes back through the network."""
+        source = g[..., self.source]
+        more = self.net.plan_back(output, source.shape, space, steps)
+        steps.append(lambda: source.add_(more(), alpha=sign))
+
+    def plan(self, h, parts, inverse, log_det, space, steps):
+        divide = inverse != self.flip
+        outputs = self._plan_outputs(h, space, steps)
+        x, tanh, factor = self._kept(space, h.shape[1:-1])
+        target, bound, size = h[..., self.target], self.bound, self.size
+        flat = tanh.view(len(tanh), -1)
+
+        def step():
+            output = outputs()
+            shift = output[..., size:]
+            torch.tanh(output[..., :size], out=tanh)
+            torch.mul(tanh, bound, out=factor).exp_()
+            if divide:
+                torch.sub(target, shift, out=x).div_(factor)
+                target.copy_(x)
+            else:
+                x.copy_(target)
+                torch.addcmul(shift, x, factor, out=target)
+            if log_det is not None:
+                torch.sum(flat, 1, out=log_det)
+
+        steps.append(step)
+        return h
+
+    def plan_back(self, g, parts, inverse, weights, space, steps):
+        divide = inverse != self.flip
+        x, tanh, factor = self._kept(space, g.shape[1:-1])
+        output = space.buffer("d output", *g.shape[:-1], 2 * self.size)
+        d_x = space.buffer("d x", *g.shape[:-1], self.size)
+        target, d_shift = g[..., self.target], output[..., self.size :]
+        chunks = [
+            (target[rows], d_x[rows], output[rows, ..., : self.size], weight)
+            for rows, weight in (
+                (slice(i, i + len(x)), weights[i : i + len(x)].view(-1, *(1,) * (x.ndim - 1)))
+                for i in range(0, len(g), len(x))
+            )
+        ]
+
+        def step():
+            for d_target, d_source, d_raw, weight in chunks:
+                if divide:  # x = (y - t) exp(-s), log-determinant -s: d_raw and d_shift negated
+                    torch.div(d_target, factor, out=d_source)
+                    torch.addcmul(weight, d_target, x, out=d_raw)
+                else:
+                    torch.mul(d_target, factor, out=d_source)
+                    torch.addcmul(weight, d_source, x, out=d_raw)
+                torch.ops.aten.tanh_backward.grad_input(d_raw, tanh, grad_input=d_raw)
+            d_shift.copy_(d_x if divide else target)
+            target.copy_(d_x)
+
+        steps.append(step)
+        self._plan_sum(g, output, -1.0 if divide else 1.0, space, steps)
+        return g
+
+
+class _MaskedCoupling(_Coupling):
+    """The same with a mask in place of groups of channels.
+
+    Parameters
+    ----------
+    layer : MaskedCoupling
+    shape : tuple of int
+    """
+
+    source = target = slice(None)
+
+    def __init__(self, layer, shape):
+        self.mask = layer.mask.detach().movedim(0, -1).contiguous()
+        self.rest = 1.0 - torch.cat((self.mask, self.mask), dim=-1)
+        self._init(layer, shape, self.mask.shape[-1], flip=False)
+
+    def _plan_outputs(self, h, space, steps):
+        mask, rest = self.mask, self.rest
+        masked = space.buffer("masked", *h.shape)
+        steps.append(lambda: torch.mul(h, mask, out=masked))
+        outputs = self.net.plan(masked, space, steps)
+        return lambda: outputs().mul_(rest)
+
+    def _plan_sum(self, g, output, sign, space, steps):
+        mask, rest = self.mask, self.rest
+        steps.append(lambda: output.mul_(rest))
+        more = self.net.plan_back(output, g.shape, space, steps)
+        steps.append(lambda: g.addcmul_(more(), mask, value=sign))
+
+
+# --------------------------------------------------------------------------------- the networks
+
+_RECTIFIED = object()
+
+
+class _ReLUNet:
+    """Convolutions or dense layers with ReLU between them.
+
+    Parameters
+    ----------
+    layers : list of _Dense or _Convolution
+        The layers, the last as :func:`_network` scales it.
+    back : list of _Dense or _Convolution
+        Their transposes, the last first.
+    """
+
+    def __init__(self, layers, back):
+        self.layers = layers
+        self.back = back
+        self.kept_per_position = sum(layer.n_outputs for layer in layers[:-1])
+
+    def _hidden(self, space, shape):
+        return [
+            space.kept(self, f"hidden {i}", *shape, layer.n_outputs)
+            for i, layer in enumerate(self.layers[:-1])
+        ]
+
+    def plan(self, h, space, steps):
+        """Append the steps; return a function that gives the outputs after them."""
+        shape, gate = h.shape[1:-1], None
+        last = space.buffer("output", space.n, *shape, self.layers[-1].n_outputs)
+        for layer, output in zip(self.layers, [*self._hidden(space, shape), last], strict=True):
+            layer.plan(h, gate, output, space, steps)
+            h, gate = output, _RECTIFIED
+        return lambda: last
+
+    def plan_back(self, g, shape, space, steps):
+        """The same for the transpose; ``shape`` is that of the inputs."""
+        gates = [None, *self._hidden(space, shape[1:-1])[::-1]]
+        for i, (layer, gate) in enumerate(zip(self.back, gates, strict=True)):
+            # Two in turn: one is read while the other is written.
+            output = space.buffer(f"d hidden {i % 2}", *shape[:-1], layer.n_outputs)
+            layer.plan(g, gate, output, space, steps)
+            g = output
+        return lambda: g
+
+
+class _AutogradNet:
+    """Any other network, differentiated by autograd.
+
+    Parameters
+    ----------
+    net : torch.nn.Module
+    size : int
+        How many outputs are raw log-scales.
+    bound : float
+    """
+
+    kept_per_position = 0  # unknown
+
+    def __init__(self, net, size, bound):
+        self.net = net
+        self.size = size
+        self.bound = bound
+
+    def plan(self, h, space, steps):
+        """See :meth:`_ReLUNet.plan`."""
+
+        def outputs():
+            with torch.enable_grad():
+                # A copy: what comes in is overwritten before the pass back.
+                inputs = h.detach().clone().requires_grad_()
+                output = self.net(inputs.movedim(-1, 1)).movedim(1, -1)
+            space.graphs[id(self)] = inputs, output
+            output = output.detach().clone(memory_format=torch.contiguous_format)
+            output[..., : self.size] /= self.bound
+            return output
+
+        return outputs
+
+    def plan_back(self, g, shape, space, steps):
+        """See :meth:`_ReLUNet.plan_back`."""
+
+        def gradients():
+            inputs, output = space.graphs.pop(id(self))
+            parts = g.split(len(inputs))
+            return torch.cat(
+                [
+                    torch.autograd.grad(output, inputs, part, retain_graph=i + 1 < len(parts))[0]
+                    for i, part in enumerate(parts)
+                ]
+            )
+
+        return gradients
+
+
+def _plan_gate(h, gate, output, steps):
+    """Write to ``output`` ``h``, or ``h`` rectified, or ``h`` where ``gate`` is positive."""
+    if gate is _RECTIFIED:
+        steps.append(lambda: torch.clamp_min(h, 0, out=output))
+    elif gate is not None:
+        threshold = torch.ops.aten.threshold_backward.grad_input
+        for i in range(0, len(h), len(gate)):
+            source, target = h[i : i + len(gate)], output[i : i + len(gate)]
+            steps.append(
+                lambda source=source, target=target: threshold(source, gate, 0, grad_input=target)
+            )
+    elif output is not h:
+        steps.append(lambda: output.copy_(h))
+
+
+class _Dense:
+    """A dense layer, or a 1x1 convolution.
+
+    Parameters
+    ----------
+    matrix : torch.Tensor of shape (n_inputs, n_outputs)
+    bias : torch.Tensor of shape (n_outputs,), or None
+    """
+
+    def __init__(self, matrix, bias):
+        self.matrix = matrix.contiguous()
+        self.bias = bias
+        self.n_outputs = matrix.shape[1]
+
+    def transpose(self):
+        return _Dense(self.matrix.T, None)
+
+    def scaled(self, factors):
+        """The same with its outputs multiplied."""
+        return _Dense(self.matrix * factors, None if self.bias is None else self.bias * factors)
+
+    def plan(self, h, gate, output, space, steps):
+        """Append the steps from inputs ``h`` that ``gate`` lets pass to ``output``."""
+        matrix, bias = self.matrix, self.bias
+        inputs = h if h.is_contiguous() else space.buffer("dense", *h.shape)
+        _plan_gate(h, gate, inputs, steps)
+        flat, flat_output = inputs.view(-1, len(matrix)), output.view(-1, self.n_outputs)
+        steps.append(lambda: torch.mm(flat, matrix, out=flat_output))
+        if bias is not None:
+            steps.append(lambda: flat_output.add_(bias))
+
+
+class _Convolution:
+    """A convolution with an odd kernel and zero padding that keeps the image's size.
+
+    On CPUs 3x3 kernels are matrix products: of the neighbourhoods of all pixels, or, where few
+    channels come out, of each pixel's neighbours in its row with the kernel's three rows at once,
+    which are then added up shifted. Both read an image's padded copy as overlapping windows.
+
+    Parameters
+    ----------
+    weight : torch.Tensor of shape (n_outputs, n_inputs, *kernel)
+    bias : torch.Tensor of shape (n_outputs,), or None
+    """
+
+    def __init__(self, weight, bias):
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = bias
+        self.n_outputs, self.n_inputs, *self.kernel = weight.shape
+
+    def transpose(self):
+        # The kernel turned round.
+        return _Convolution(self.weight.transpose(0, 1).flip(2, 3), None)
+
+    def scaled(self, factors):
+        """The same with its outputs multiplied."""
+        bias = None if self.bias is None else self.bias * factors
+        return _Convolution(self.weight * factors[:, None, None, None], bias)
+
+    def plan(self, h, gate, output, space, steps):
+        """See :meth:`_Dense.plan`."""
+        if self.kernel != [3, 3] or self.weight.is_cuda:
+            self._plan_any(h, gate, output, space, steps)
+        elif 2 * self.n_inputs > 3 * self.n_outputs:
+            self._plan_rows(h, gate, output, space, steps)
+        else:
+            self._plan_windows(h, gate, output, space, steps)
+
+    def _plan_any(self, h, gate, output, space, steps):
+        inputs = h if h.is_contiguous() else space.buffer("dense", *h.shape)
+        _plan_gate(h, gate, inputs, steps)
+        image, padding = inputs.permute(0, 3, 1, 2), [k // 2 for k in self.kernel]
+        flat = output.permute(0, 3, 1, 2)
+        steps.append(lambda: flat.copy_(F.conv2d(image, self.weight, self.bias, padding=padding)))
+
+    def _plan_windows(self, h, gate, output, space, steps):
+        n, height, width, channels = h.shape
+        padded = space.buffer("padded", n, height + 2, width + 2, channels)
+        _plan_gate(h, gate, padded[:, 1:-1, 1:-1], steps)
+        image, row, pixel, _ = padded.stride()
+        # Three neighbours in a row lie next to each other.
+        windows = padded.as_strided(
+            (n, height, width, 3, 3 * channels), (image, row, pixel, row, 1)
+        )
+        # A column of ones for the bias.
+        columns = space.buffer("columns", n, height, width, 9 * channels + 1)
+        columns[..., -1] = 1.0
+        target = columns[..., :-1].unflatten(-1, (3, 3 * channels))
+        matrix = self.weight.permute(2, 3, 1, 0).reshape(-1, self.n_outputs)
+        bias = matrix.new_zeros(self.n_outputs) if self.bias is None else self.bias
+        matrix = torch.cat((matrix, bias[None]))
+        flat, flat_output = columns.view(-1, len(matrix)), output.view(-1, self.n_outputs)
+        steps.append(lambda: target.copy_(windows))
+        steps.append(lambda: torch.mm(flat, matrix, out=flat_output))
+
+    def _plan_rows(self, h, gate, output, space, steps):
+        n, height, width, channels = h.shape
+        padded = space.buffer("padded in rows", n, height, width + 2, channels)
+        _plan_gate(h, gate, padded[:, :, 1:-1], steps)
+        image, row, pixel, _ = padded.stride()
+        windows = padded.as_strided((n, height, width, 3 * channels), (image, row, pixel, 1))
+        columns = space.buffer("columns in rows", n, height, width, 3 * channels)
+        products = space.buffer("products", n, height, width, 3 * self.n_outputs)
+        matrix = self.weight.permute(3, 1, 2, 0).reshape(3 * channels, -1)
+        flat, flat_products = columns.view(-1, len(matrix)), products.view(-1, matrix.shape[1])
+        above, middle, below = products.split(self.n_outputs, dim=-1)
+        above, below = above[:, :-1], below[:, 1:]
+        lower, upper = output[:, 1:], output[:, :-1]
+        bias = self.bias
+
+        def step():
+            columns.copy_(windows)
+            torch.mm(flat, matrix, out=flat_products)
+            if bias is None:
+                output.copy_(middle)
+            else:
+                torch.add(middle, bias, out=output)
+            lower.add_(above)
+            upper.add_(below)
+
+        steps.append(step)
+
+
+# ------------------------------------------------------------------------------- reading a flow
+
+
+def _channels(layer):
+    return len(layer.bias if isinstance(layer, ActNorm) else layer.lower)
+
+
+def _operations(flow):
+    """The operations of a flow, in the direction from data to latents."""
+    shape = flow.event_shape
+    for level, layers in enumerate(flow.levels):
+        linear = []
+        for layer in (*layers, None):
+            if type(layer) in (ActNorm, InvertibleLinear):
+                linear.append(layer)
+                continue
+            if linear:
+                yield _Affine(linear, math.prod(shape[1:]))
+                linear = []
+            if type(layer) is Squeeze:
+                yield _SpaceToDepth()
+                shape = (4 * shape[0], shape[1] // 2, shape[2] // 2)
+            elif type(layer) is AffineCoupling:
+                yield _Coupling(layer, shape[1:])
+            elif type(layer) is MaskedCoupling:
+                yield _MaskedCoupling(layer, shape[1:])
+            elif layer is not None:
+                raise UnknownLayerError(f"No kernel for a {type(layer).__name__}.")
+        if level < len(flow.splits):
+            split = flow.splits[level]
+            if type(split) is not Split:
+                raise UnknownLayerError(f"No kernel for a {type(split).__name__}.")
+            yield _Coupling(split, shape[1:])
+            yield _Cut(split.sizes[0])
+            shape = (split.sizes[0], *shape[1:])
+
+
+def _network(net, size, bound):
+    """The network with its first ``size`` outputs divided by ``bound``; see :class:`_Coupling`.
+
+    Dense layers and convolutions with ReLU between them, and anything else as it is.
+    """
+    modules = list(net) if isinstance(net, nn.Sequential) else [net]
+    idle = (nn.Dropout, nn.Dropout2d, nn.Identity)  # in evaluation
+    modules = [module for module in modules if not isinstance(module, idle)]
+    layers = [_layer(module) for module in modules[::2]]
+    between = all(type(module) is nn.ReLU for module in modules[1::2])
+    if None in layers or not between or len(modules) % 2 == 0:
+        return _AutogradNet(net, size, bound)
+    # The transposes are those of the network itself: the derivative of bound * tanh(raw / bound)
+    # is 1 - tanh^2, the bound cancels.
+    back = [layer.transpose() for layer in reversed(layers)]
+    like = modules[-1].weight
+    factors = torch.cat((like.new_full((size,), 1 / bound), like.new_ones(len(like) - size)))
+    return _ReLUNet([*layers[:-1], layers[-1].scaled(factors)], back)
+
+
+def _layer(module):
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return None
+    weight = module.weight.detach().clone()
+    bias = None if module.bias is None else module.bias.detach().clone()
+    if type(module) is nn.Linear:
+        return _Dense(weight.T, bias)
+    kernel, padding = module.kernel_size, module.padding
+    same = all(k % 2 == 1 for k in kernel) and padding in (tuple(k // 2 for k in kernel), "same")
+    plain = (module.stride, module.dilation, module.groups) == ((1, 1), (1, 1), 1)
+    if not (same and plain and module.padding_mode == "zeros"):
+        return None
+    if kernel == (1, 1):
+        return _Dense(weight[:, :, 0, 0].T, bias)
+    return _Convolution(weight, bias)
