@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from skaipo._padding import padded
+
 __all__ = ["Evaluation", "MAPObjective"]
 
 PENALTIES = ("density", "latent")
@@ -130,6 +132,7 @@ class MAPObjective:
 
     def __init__(self, flow, op, noise, y, space="image", penalty="density"):
         self.flow = flow
+        self._evaluator = flow.compile_for_inference()
         self.op = op
         self.noise = noise
         self.space = check_choice("space", space, SPACES)
@@ -182,27 +185,13 @@ class MAPObjective:
         if self.space == "image":
             return x
         self.n_evals += 1
-        with torch.no_grad():
-            return self._padded(lambda x: self.flow(x)[0], x)
+        return self._evaluator.forward(x)[0]
 
     def image(self, u):
         """The image at the variable ``u``."""
         if self.space == "image":
             return u
-        with torch.no_grad():
-            return self._padded(lambda z: self.flow.inverse(z).flatten(1), u)
-
-    @staticmethod
-    def _padded(function, *arguments):
-        """Call with rows padded to a multiple of 8 and at least 16: kernels choose their order of
-        summation by the batch's size, and a row's result should not depend on it. (For images it
-        is then the same bits on the processors tried; for vectors of odd sizes, to rounding.)"""
-        n = len(arguments[0])
-        padding = max(16 - n, -n % 8)
-        if padding:
-            arguments = [torch.cat((a, a[-1:].expand(padding, *a.shape[1:]))) for a in arguments]
-        result = function(*arguments)
-        return tuple(r[:n] for r in result) if isinstance(result, tuple) else result[:n]
+        return self._evaluator.inverse(u)[0]
 
     def evaluate(self, u, rows=None):
         """Values and gradients of both terms.
@@ -222,38 +211,39 @@ class MAPObjective:
             rows = torch.arange(len(self), device=u.device)
         self.n_evals[rows] += 1
         terms = self._image_terms if self.space == "image" else self._latent_terms
-        return Evaluation(*self._padded(terms, u, self.y[rows], self.observed[rows]))
+        return Evaluation(*terms(u.detach(), self.y[rows], self.observed[rows]))
 
-    def _nll(self, x, y, observed):
-        return self.noise.nll(self.op.forward(x), y, observed)
+    def _data_terms(self, x, y, observed):
+        """The data term and its gradient with respect to the image."""
 
-    @torch.enable_grad()
-    def _image_terms(self, u, y, observed):
-        x = u.detach().requires_grad_()
-        data = self._nll(x, y, observed)
-        (grad_data,) = torch.autograd.grad(data.sum(), x)
-        z, log_det = self.flow(x)
-        log_prob = log_det - 0.5 * z.square().sum(1) - self._log_normaliser()
-        prior = -log_prob if self.penalty == "density" else 0.5 * z.square().sum(1)
-        (grad_prior,) = torch.autograd.grad(prior.sum(), x)
-        return u, data.detach(), prior.detach(), log_prob.detach(), grad_data, grad_prior
+        def terms(x, y, observed):
+            with torch.enable_grad():
+                x = x.requires_grad_()
+                data = self.noise.nll(self.op.forward(x), y, observed)
+                (gradient,) = torch.autograd.grad(data.sum(), x)
+            return data.detach(), gradient
 
-    @torch.enable_grad()
-    def _latent_terms(self, u, y, observed):
-        z = u.detach().requires_grad_()
-        x, log_det = self.flow.inverse_and_log_det(z)
-        x = x.flatten(1)
-        data = self._nll(x, y, observed)
+        return padded(terms, x.clone(), y, observed)
+
+    def _image_terms(self, x, y, observed):
+        data, grad_data = self._data_terms(x, y, observed)
+        z, log_det, pull = self._evaluator.linearize(x)
+        half_norm = 0.5 * z.square().sum(1)
+        log_prob = log_det - half_norm - self._log_normaliser()
         density = self.penalty == "density"
-        (grad_data,) = torch.autograd.grad(data.sum(), z, retain_graph=density)
-        half_norm = 0.5 * u.square().sum(1)
-        log_prob = -half_norm - log_det.detach() - self._log_normaliser()
-        grad_prior = u
-        if density and log_det.requires_grad:
-            (grad_log_det,) = torch.autograd.grad(log_det.sum(), z)
-            grad_prior = u + grad_log_det
-        prior = -log_prob if density else half_norm
-        return x.detach(), data.detach(), prior, log_prob, grad_data, grad_prior
+        (grad_prior,) = pull((z, -1.0 if density else 0.0))
+        return x, data, -log_prob if density else half_norm, log_prob, grad_data, grad_prior
+
+    def _latent_terms(self, z, y, observed):
+        x, log_det, pull = self._evaluator.linearize_inverse(z)
+        data, grad_x = self._data_terms(x, y, observed)
+        half_norm = 0.5 * z.square().sum(1)
+        log_prob = -half_norm - log_det - self._log_normaliser()
+        if self.penalty == "latent":
+            (grad_data,) = pull((grad_x, 0.0))
+            return x, data, half_norm, log_prob, grad_data, z
+        grad_data, grad_log_det = pull((grad_x, 0.0), (None, 1.0))
+        return x, data, -log_prob, log_prob, grad_data, z + grad_log_det
 
     def _log_normaliser(self):
         return 0.5 * self.n_features * 1.8378770664093453  # d/2 log(2 pi)

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from skaipo._padding import padded
 from skaipo.flows._layers import (
     ActNorm,
     AffineCoupling,
@@ -74,15 +75,15 @@ class ReferenceEvaluator:
     def __init__(self, flow):
         self.flow = flow
 
-    @torch.no_grad()
     def forward(self, x):
         """Latents ``z`` (n, d) and ``log |det dz/dx|`` (n,) of ``x`` (n, d)."""
-        return self.flow(x)
+        with torch.no_grad():
+            return padded(self.flow, x)
 
-    @torch.no_grad()
     def inverse(self, z):
         """Images ``x`` (n, d) and ``log |det dx/dz|`` (n,) of ``z`` (n, d)."""
-        x, log_det = self.flow.inverse_and_log_det(z)
+        with torch.no_grad():
+            x, log_det = padded(self.flow.inverse_and_log_det, z)
         return x.flatten(1), log_det
 
     def linearize(self, x):
@@ -111,7 +112,7 @@ class ReferenceEvaluator:
     def _linearize(function, u):
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            value, log_det = function(u)
+            value, log_det = padded(function, u)
             value = value.flatten(1)
 
         def pull(*cotangents):
@@ -262,28 +263,27 @@ class FrozenEvaluator:
 
     @torch.no_grad()
     def _map(self, u, inverse, space):
-        space.resize(len(u))
+        n = space.resize(len(u))
         ends, outputs, steps, log_dets, signs = space.program(
             ("map", inverse), self._plan_map, inverse
         )
         self._load(u, ends, latent=inverse)
         for step in steps:
             step()
-        constant = -self._log_det if inverse else self._log_det
-        log_det = torch.full_like(u[:, 0].flatten(1)[:, 0] if u.ndim > 2 else u[:, 0], constant)
-        if len(signs):
-            log_det = torch.addmv(log_det, log_dets.T, signs)
-        return self._unload(outputs, latent=not inverse), log_det
+        # Row by row, not as a product with a matrix, whose sums depend on the number of rows.
+        log_det = (log_dets * signs).sum(1)[:n]
+        log_det += -self._log_det if inverse else self._log_det
+        return self._unload(outputs, n, latent=not inverse), log_det
 
     def _plan_map(self, space, inverse):
         ends = self._ends(space, "h", space.n, latent=inverse)
         couplings = sum(op.bound is not None for op in self._operations)
-        log_dets, signs, steps = space.buffer("log-dets", couplings, space.n), [], []
+        log_dets, signs, steps = space.buffer("log-dets", space.n, couplings), [], []
         h, parts = ends[-1], list(ends[:-1])
         for op in reversed(self._operations) if inverse else self._operations:
             total = None
             if op.bound is not None:
-                total = log_dets[len(signs)]
+                total = log_dets[:, len(signs)]
                 signs.append(op.bound if inverse == op.flip else -op.bound)
             h = op.plan(h, parts, inverse, total, space, steps)
         return ends, [*parts, h], steps, log_dets, self._like.new_tensor(signs)
@@ -293,7 +293,7 @@ class FrozenEvaluator:
 
         Several cotangents go back as one batch: what an operation keeps serves them all.
         """
-        space.resize(len(cotangents[0][0]))
+        n = space.resize(len(cotangents[0][0]))
         ends, g_ends, weights, outputs, g_outputs, steps = space.program(
             ("pull", inverse, len(cotangents), value is not None),
             self._plan_pull,
@@ -301,18 +301,21 @@ class FrozenEvaluator:
             len(cotangents),
             value is not None,
         )
-        stacked = torch.cat([v for v, _ in cotangents])
-        for rows, (_, c) in zip(weights.split(space.n), cotangents, strict=True):
-            rows.fill_(c)
-        self._load(stacked, g_ends, latent=not inverse, gradient=True)
+        for i, (v, c) in enumerate(cotangents):
+            rows = slice(i * space.n, (i + 1) * space.n)
+            weights[rows] = c
+            self._load(v, [end[rows] for end in g_ends], latent=not inverse, gradient=True)
         if value is not None:
             self._load(value, ends, latent=not inverse)
         for step in steps:
             step()
-        gradients = self._unload(g_outputs, latent=inverse, gradient=True).split(space.n)
-        if value is None:
-            return list(gradients)
-        return [*gradients, self._unload(outputs, latent=inverse)]
+        results = [
+            self._unload([g[i : i + space.n] for g in g_outputs], n, latent=inverse, gradient=True)
+            for i in range(0, len(weights), space.n)
+        ]
+        if value is not None:
+            results.append(self._unload(outputs, n, latent=inverse))
+        return results
 
     def _plan_pull(self, space, inverse, times, along_inverse):
         rows = times * space.n
@@ -341,19 +344,21 @@ class FrozenEvaluator:
         ]
 
     def _load(self, u, ends, latent, gradient=False):
-        layouts = self._layouts(latent)
-        pieces = u.reshape(len(u), -1).split([layout.size for layout in layouts], 1)
+        layouts, n = self._layouts(latent), len(u)
+        pieces = u.reshape(n, -1).split([layout.size for layout in layouts], 1)
         for layout, piece, end in zip(layouts, pieces, ends, strict=True):
-            end.copy_(layout.view_inside(piece))
+            end[:n] = layout.view_inside(piece)
+            if 0 < n < len(end):
+                end[n:] = end[n - 1]
             if not latent and gradient:
                 end.mul_(self._scale)
             elif not latent:
                 end.sub_(self._loc).div_(self._scale)
 
-    def _unload(self, outputs, latent, gradient=False):
+    def _unload(self, outputs, n, latent, gradient=False):
         layouts = self._layouts(latent)
         pieces = [
-            layout.view_outside(output).reshape(len(output), -1)
+            layout.view_outside(output[:n]).reshape(n, -1)
             for layout, output in zip(layouts, outputs, strict=True)
         ]
         u = torch.cat(pieces, dim=1)
@@ -393,6 +398,9 @@ class _Workspace:
     """
 
     _MAX_SIZES = 8
+    # A product with a single row is another routine's, with another order of summation. From two
+    # rows on a row's results were the same bits in every batch, on the processors tried.
+    _MIN_ROWS = 2
 
     def __init__(self, like, keeps):
         self.like = like
@@ -403,10 +411,11 @@ class _Workspace:
         self._programs = {}
 
     def resize(self, n):
-        """Prepare for ``n`` rows."""
-        self.n = n
-        if n not in self._programs and len(self._programs) == self._MAX_SIZES:
+        """Prepare for ``n`` rows, or a few more, and return ``n``."""
+        self.n = max(n, self._MIN_ROWS)
+        if self.n not in self._programs and len(self._programs) == self._MAX_SIZES:
             self._programs.clear()
+        return n
 
     def program(self, key, plan, *args):
         """``plan(self, *args)``, once per ``key`` and number of rows."""

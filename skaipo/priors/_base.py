@@ -1,6 +1,7 @@
 """What all priors share: the scikit-learn side of a fitted flow."""
 
 import copy
+import math
 import numbers
 
 import numpy as np
@@ -22,21 +23,8 @@ __all__ = ["Prior", "map_rows"]
 
 
 def map_rows(function, x, chunk=256):
-    """Apply ``function`` to chunks of rows, padded to a multiple of 8 and to at least 16.
-
-    Kernels choose their order of summation by the size of the batch; for tiny batches the float32
-    result would depend on it. Padding keeps a row's result the same in every batch. (Below 16 rows
-    torch has another convolution where it runs on a single thread, as joblib's workers do.)
-    """
-    parts = []
-    with torch.no_grad():
-        for rows in x.split(chunk):
-            n = len(rows)
-            padding = max(16 - n, -n % 8)
-            if padding:
-                rows = torch.cat((rows, rows[-1:].expand(padding, -1)))
-            parts.append(function(rows)[:n])
-    return torch.cat(parts)
+    """Apply ``function`` to chunks of rows, so that memory does not grow with their number."""
+    return torch.cat([function(rows) for rows in x.split(chunk)])
 
 
 class _Packed:
@@ -138,9 +126,9 @@ class Prior(
         Z : ndarray of shape (n_samples, d)
             Standard normal if ``X`` follows the prior.
         """
-        flow = self.flow_
+        evaluator = self.flow_.compile_for_inference()
         x, layout, _ = self._check(X)
-        return layout.restore(map_rows(lambda rows: flow(rows)[0], x))
+        return layout.restore(map_rows(lambda rows: evaluator.forward(rows)[0], x))
 
     def inverse_transform(self, Z):
         """Map latents to data.
@@ -162,7 +150,8 @@ class Prior(
             device=flow.loc.device,
             dtype=flow.loc.dtype,
         )
-        return layout.restore(map_rows(lambda rows: flow.inverse(rows).flatten(1), z))
+        evaluator = flow.compile_for_inference()
+        return layout.restore(map_rows(lambda rows: evaluator.inverse(rows)[0], z))
 
     def score_samples(self, X):
         """Log-density of each sample.
@@ -178,9 +167,14 @@ class Prior(
             of the dequantised data: a lower bound of the log-probability of the levels is its
             mean over noise in [-1/2, 1/2).
         """
-        flow = self.flow_
+        evaluator = self.flow_.compile_for_inference()
         x, layout, _ = self._check(X)
-        return layout.restore(map_rows(flow.log_prob, x))
+
+        def log_prob(rows):
+            z, log_det = evaluator.forward(rows)
+            return log_det - 0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+        return layout.restore(map_rows(log_prob, x))
 
     def score(self, X, y=None):
         """Mean log-density of the samples, in nats.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from skaipo._fingerprint import fingerprint
+from skaipo._padding import padded
 from skaipo._validation import to_tensor
-from skaipo.objective import MAPObjective
 
 __all__ = ["GaussianMetric", "GaussianSurrogate", "gaussian_start", "surrogate_of"]
 
@@ -262,18 +262,18 @@ class GaussianMetric:
 
     def solve(self, g, lam, rows):
         """Approximate ``H(lam)^-1 g`` for gradients (k, d) of some rows, each by itself."""
-        return MAPObjective._padded(self._block, g, lam, self.group[rows])
+        return padded(self._block, g, lam, self.group[rows])
 
     def whiten(self, g, lam, rows):
         """Gradients (k, d) of some rows with respect to coordinates in which ``H`` is about 1.
 
         The coordinates (k, p) are those along the components, and those of what is left.
         """
-        return MAPObjective._padded(self._whiten, g, lam, self.group[rows])
+        return padded(self._whiten, g, lam, self.group[rows])
 
     def colour(self, c, lam, rows):
         """Steps (k, d) in image space from steps (k, p) in the coordinates of :meth:`whiten`."""
-        return MAPObjective._padded(self._colour, c, lam, self.group[rows])
+        return padded(self._colour, c, lam, self.group[rows])
 
     def start(self, lam, steps=32):
         """The minimiser if the prior were Gaussian, (n, d): for that noise, the Wiener filter.
@@ -281,7 +281,7 @@ class GaussianMetric:
         By conjugate gradients, preconditioned by :meth:`solve` (Nocedal & Wright, 2006, algorithm
         5.3), each row by itself.
         """
-        return MAPObjective._padded(
+        return padded(
             lambda y, lam, group: self._conjugate_gradients(y, lam, group, steps),
             self.y,
             lam,
@@ -314,7 +314,7 @@ class GaussianMetric:
         ``change`` is that of the prior's gradient. NaN where the prior is not convex.
         """
         curvature = (step * change).sum(1)
-        ratio = curvature / MAPObjective._padded(self._size, step)
+        ratio = curvature / padded(self._size, step)
         return torch.where(curvature > 0, ratio, torch.nan)
 
     def _size(self, v):
