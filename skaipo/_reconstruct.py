@@ -164,6 +164,50 @@ def solve_chunk(problem, y, starts):
     n_evals : int
         Evaluations of the whole chunk, all targets and starts together.
     """
+    try:
+        return _solve_rows(problem, y, starts)
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        if len(y) == 1:
+            raise MemoryError(
+                f"There is not enough memory to reconstruct even a single row on "
+                f"{problem.prior.flow_.loc.device}: {error}"
+            ) from error
+    finally:
+        problem.prior.flow_.compile_for_inference().release()
+    # Out here the failed attempt's tensors are gone. Rows do not depend on each other: two halves
+    # give what the whole would have.
+    if y.is_cuda:
+        torch.cuda.empty_cache()
+    half = (len(y) + 1) // 2
+    halves = [
+        solve_chunk(
+            problem,
+            y[rows],
+            [start[rows] if isinstance(start, torch.Tensor) else start for start in starts],
+        )
+        for rows in (slice(half), slice(half, None))
+    ]
+    (first, n_first), (second, n_second) = halves
+    return [_concatenated(a, b) for a, b in zip(first, second, strict=True)], n_first + n_second
+
+
+def _out_of_memory(error):
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _concatenated(first, second):
+    """The results of two groups of rows as one."""
+    result = {"arrays": first["arrays"]}
+    for key in first.keys() - {"arrays"}:
+        a, b = first[key], second[key]
+        result[key] = a + b if isinstance(a, list) else np.concatenate((a, b))
+    return result
+
+
+def _solve_rows(problem, y, starts):
     if len(starts) > 1:
         problem = replace(problem, max_evals=problem.max_evals // len(starts))
     runs, total, metric = [], 0, None

@@ -25,6 +25,7 @@ from skaipo import (
 from skaipo.flows import Flow, Glow, RealNVP
 from skaipo.metrics import discrepancy_scorer
 from skaipo.noise import GaussianNoise
+from skaipo.objective import MAPObjective
 from skaipo.operators import Denoising, Inpainting
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -169,7 +170,7 @@ def test_searches_that_train_in_parallel(X):
 def test_joblib_decides_where(prior, Y, monkeypatch):
     # Nobody asked for workers: the rows are solved in this process, on this thread.
     seen = []
-    monkeypatch.setattr(Glow, "_normalize", _spied(Glow._normalize, seen))
+    monkeypatch.setattr(MAPObjective, "evaluate", _spied(MAPObjective.evaluate, seen))
     filler(prior).predict(Y)
     here = (os.getpid(), threading.get_ident())
     assert seen and set(seen) == {here}

@@ -21,7 +21,9 @@ along stored activations.
 
 import math
 import os
+import warnings
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -44,6 +46,8 @@ MEMORY = ("auto", "store", "recompute")
 # Activations that "auto" keeps at most, per process. Fixed: what is free just now differs from run
 # to run, and with it would the last bits of the results.
 _CPU_BYTES = 2**29
+# Size of a workspace whose activations are not kept.
+_CHUNK_BYTES = 2**25
 
 
 class UnknownLayerError(TypeError):
@@ -108,6 +112,9 @@ class ReferenceEvaluator:
         """The same for ``x`` as a function of ``z``."""
         return self._linearize(self.flow.inverse_and_log_det, z)
 
+    def release(self):
+        """Let go of memory that is kept for the next evaluation."""
+
     @staticmethod
     def _linearize(function, u):
         with torch.enable_grad():
@@ -169,21 +176,19 @@ class FrozenEvaluator:
         self._log_det = sum(op.log_det for op in self._operations)
         self._log_det -= flow.n_features * math.log(self._scale)
         self._like = flow.loc.detach().clone()
-        size = self._like.element_size()
-        self._bytes_per_row = size * sum(op.kept_per_row for op in self._operations)
+        self._item = self._like.element_size()
+        self._bytes_per_row = self._item * sum(op.kept_per_row for op in self._operations)
         # How far an input may be from its own recomputation, in standard deviations.
-        self._drift = 1e-3 if self._like.dtype == torch.float32 else 1e-9
+        self._drift = 1e-4 if self._like.dtype == torch.float32 else 1e-9
         self._idle = {True: [], False: []}
 
     def forward(self, x):
         """Latents ``z`` (n, d) and ``log |det dz/dx|`` (n,) of ``x`` (n, d)."""
-        with self._borrowed() as space:
-            return self._map(x, False, space)
+        return self._map_in_chunks(x, False)
 
     def inverse(self, z):
         """Images ``x`` (n, d) and ``log |det dx/dz|`` (n,) of ``z`` (n, d)."""
-        with self._borrowed() as space:
-            return self._map(z, True, space)
+        return self._map_in_chunks(z, True)
 
     def linearize(self, x):
         """See :meth:`ReferenceEvaluator.linearize`."""
@@ -192,6 +197,11 @@ class FrozenEvaluator:
     def linearize_inverse(self, z):
         """See :meth:`ReferenceEvaluator.linearize_inverse`."""
         return self._linearize(z, True)
+
+    def release(self):
+        """Let go of memory that is kept for the next evaluation."""
+        for spaces in self._idle.values():
+            spaces.clear()
 
     # Workspaces that nobody uses just now; a list's pop and append are atomic.
 
@@ -210,6 +220,23 @@ class FrozenEvaluator:
         yield space
         self._give_back(space)
 
+    @cached_property
+    def _chunk(self):
+        """Rows for which a workspace that keeps nothing stays small and in the caches."""
+        # Planned on a device without memory, only to add up the sizes of the buffers.
+        space = _Workspace(self._like.to("meta"), keeps=False)
+        space.resize(8)
+        self._plan_pull(space, False, 2, True)
+        bytes_per_row = sum(b.numel() for b in space._storage.values()) * self._item // 8
+        rows = max(8, _CHUNK_BYTES // bytes_per_row // 8 * 8)
+        # On a GPU there is room, and few large steps are faster than many small ones.
+        return 16 * rows if self._like.is_cuda else rows
+
+    def _map_in_chunks(self, u, inverse):
+        with self._borrowed() as space:
+            parts = [self._map(rows, inverse, space) for rows in u.split(self._chunk)]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
     def _stores(self, u):
         if self.memory in ("store", "recompute"):
             return self.memory == "store"
@@ -227,7 +254,7 @@ class FrozenEvaluator:
             space = self._borrow(True)
             value, log_det = self._map(u, inverse, space)
         else:
-            value, log_det = (self.inverse if inverse else self.forward)(u)
+            value, log_det = self._map_in_chunks(u, inverse)
 
         @torch.no_grad()
         def pull(*cotangents):
@@ -244,7 +271,12 @@ class FrozenEvaluator:
     def _pull_along_inverse(self, u, value, cotangents, inverse):
         """Gradients without stored activations."""
         with self._borrowed() as space:
-            *gradients, back = self._pull(cotangents, inverse, space, value)
+            parts = []
+            for start in range(0, max(len(u), 1), self._chunk):
+                rows = slice(start, start + self._chunk)
+                chosen = [(v[rows], c) for v, c in cotangents]
+                parts.append(self._pull(chosen, inverse, space, value[rows]))
+        *gradients, back = (torch.cat(part) for part in zip(*parts, strict=True))
         # Rows that the inverse did not lead back to where they came from, and that could have
         # been: their activations are stored after all, a few rows at a time.
         u = u.reshape(len(u), -1)
@@ -268,8 +300,7 @@ class FrozenEvaluator:
             ("map", inverse), self._plan_map, inverse
         )
         self._load(u, ends, latent=inverse)
-        for step in steps:
-            step()
+        steps.run()
         # Row by row, not as a product with a matrix, whose sums depend on the number of rows.
         log_det = (log_dets * signs).sum(1)[:n]
         log_det += -self._log_det if inverse else self._log_det
@@ -278,7 +309,11 @@ class FrozenEvaluator:
     def _plan_map(self, space, inverse):
         ends = self._ends(space, "h", space.n, latent=inverse)
         couplings = sum(op.bound is not None for op in self._operations)
-        log_dets, signs, steps = space.buffer("log-dets", space.n, couplings), [], []
+        log_dets, signs, steps = (
+            space.buffer("log-dets", space.n, couplings),
+            [],
+            _Steps(space.like),
+        )
         h, parts = ends[-1], list(ends[:-1])
         for op in reversed(self._operations) if inverse else self._operations:
             total = None
@@ -307,8 +342,7 @@ class FrozenEvaluator:
             self._load(v, [end[rows] for end in g_ends], latent=not inverse, gradient=True)
         if value is not None:
             self._load(value, ends, latent=not inverse)
-        for step in steps:
-            step()
+        steps.run()
         results = [
             self._unload([g[i : i + space.n] for g in g_outputs], n, latent=inverse, gradient=True)
             for i in range(0, len(weights), space.n)
@@ -321,7 +355,7 @@ class FrozenEvaluator:
         rows = times * space.n
         g_ends = self._ends(space, "g", rows, latent=not inverse)
         weights = space.buffer("weights", rows)
-        g, g_parts, steps = g_ends[-1], list(g_ends[:-1]), []
+        g, g_parts, steps = g_ends[-1], list(g_ends[:-1]), _Steps(space.like)
         ends = h = None
         parts = []
         if along_inverse:
@@ -384,6 +418,57 @@ class _Layout:
         return h.movedim(-1, 1)
 
 
+class _Steps(list):
+    """The steps of a program. On a GPU they become one CUDA graph when they are first run again.
+
+    Parameters
+    ----------
+    like : torch.Tensor
+        On the device of the buffers.
+    """
+
+    def __init__(self, like):
+        super().__init__()
+        self.device = like.device
+        # A graph repeats kernels, not what Python does between them.
+        self.capturable = like.is_cuda
+        self._ran = False
+        self._graph = None
+
+    def run(self):
+        if self.device.type != "cuda":
+            for step in self:
+                step()
+            return
+        # TF32 would round every factor to 11 bits.
+        with torch.cuda.device(self.device), torch.backends.cudnn.flags(True, allow_tf32=False):
+            if self.capturable and self._ran and self._graph is None:
+                self._capture()
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                for step in self:
+                    step()
+            self._ran = True
+
+    def _capture(self):
+        try:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for step in self:
+                    step()
+            self._graph = graph
+        except RuntimeError as error:
+            self.capturable = False
+            warnings.warn(
+                f"The flow's evaluation could not be captured as a CUDA graph ({error}); it goes "
+                f"on without, slower for small batches.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
 class _Workspace:
     """Buffers for one batch at a time, used again for the next, and programs on them.
 
@@ -413,6 +498,8 @@ class _Workspace:
     def resize(self, n):
         """Prepare for ``n`` rows, or a few more, and return ``n``."""
         self.n = max(n, self._MIN_ROWS)
+        if self.like.is_cuda:  # few sizes, for few graphs
+            self.n = max(16, 1 << (n - 1).bit_length()) if n else 16
         if self.n not in self._programs and len(self._programs) == self._MAX_SIZES:
             self._programs.clear()
         return n
@@ -557,9 +644,8 @@ class _Affine(_Operation):
         if self.diagonal:
             steps.append(lambda: g.mul_(matrix))
             return g
-        output = space.other("g", g)
+        output, transpose = space.other("g", g), matrix.T
         flat, flat_output = g.view(-1, len(matrix)), output.view(-1, len(matrix))
-        transpose = matrix.T.contiguous()
         steps.append(lambda: torch.mm(flat, transpose, out=flat_output))
         return output
 
@@ -754,6 +840,7 @@ class _AutogradNet:
 
     def plan(self, h, space, steps):
         """See :meth:`_ReLUNet.plan`."""
+        steps.capturable = False
 
         def outputs():
             with torch.enable_grad():
@@ -769,6 +856,7 @@ class _AutogradNet:
 
     def plan_back(self, g, shape, space, steps):
         """See :meth:`_ReLUNet.plan_back`."""
+        steps.capturable = False
 
         def gradients():
             inputs, output = space.graphs.pop(id(self))
@@ -847,6 +935,15 @@ class _Convolution:
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias = bias
         self.n_outputs, self.n_inputs, *self.kernel = weight.shape
+        self.by_rows = 2 * self.n_inputs > 3 * self.n_outputs
+        if self.kernel != [3, 3] or weight.is_cuda:
+            self.matrix = None
+        elif self.by_rows:
+            self.matrix = weight.permute(3, 1, 2, 0).reshape(3 * self.n_inputs, -1)
+        else:
+            self.matrix = weight.permute(2, 3, 1, 0).reshape(-1, self.n_outputs)
+            if bias is not None:  # of a column of ones
+                self.matrix = torch.cat((self.matrix, bias[None]))
 
     def transpose(self):
         # The kernel turned round.
@@ -859,9 +956,9 @@ class _Convolution:
 
     def plan(self, h, gate, output, space, steps):
         """See :meth:`_Dense.plan`."""
-        if self.kernel != [3, 3] or self.weight.is_cuda:
+        if self.matrix is None:
             self._plan_any(h, gate, output, space, steps)
-        elif 2 * self.n_inputs > 3 * self.n_outputs:
+        elif self.by_rows:
             self._plan_rows(h, gate, output, space, steps)
         else:
             self._plan_windows(h, gate, output, space, steps)
@@ -882,13 +979,11 @@ class _Convolution:
         windows = padded.as_strided(
             (n, height, width, 3, 3 * channels), (image, row, pixel, row, 1)
         )
-        # A column of ones for the bias.
-        columns = space.buffer("columns", n, height, width, 9 * channels + 1)
-        columns[..., -1] = 1.0
-        target = columns[..., :-1].unflatten(-1, (3, 3 * channels))
-        matrix = self.weight.permute(2, 3, 1, 0).reshape(-1, self.n_outputs)
-        bias = matrix.new_zeros(self.n_outputs) if self.bias is None else self.bias
-        matrix = torch.cat((matrix, bias[None]))
+        matrix, ones = self.matrix, int(self.bias is not None)
+        columns = space.buffer(("columns", ones), n, height, width, 9 * channels + ones)
+        target = columns[..., : 9 * channels].unflatten(-1, (3, 3 * channels))
+        if ones:
+            columns[..., -1] = 1.0
         flat, flat_output = columns.view(-1, len(matrix)), output.view(-1, self.n_outputs)
         steps.append(lambda: target.copy_(windows))
         steps.append(lambda: torch.mm(flat, matrix, out=flat_output))
@@ -901,7 +996,7 @@ class _Convolution:
         windows = padded.as_strided((n, height, width, 3 * channels), (image, row, pixel, 1))
         columns = space.buffer("columns in rows", n, height, width, 3 * channels)
         products = space.buffer("products", n, height, width, 3 * self.n_outputs)
-        matrix = self.weight.permute(3, 1, 2, 0).reshape(3 * channels, -1)
+        matrix = self.matrix
         flat, flat_products = columns.view(-1, len(matrix)), products.view(-1, matrix.shape[1])
         above, middle, below = products.split(self.n_outputs, dim=-1)
         above, below = above[:, :-1], below[:, 1:]

@@ -1,0 +1,463 @@
+"""The frozen evaluator against the plain layers and autograd, which it must never differ from.
+
+Its fast paths are many (folded matrices, convolutions as products, gradients by hand, activations
+stored or computed again, workspaces that are used again), and each has its case here.
+"""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import random_flow
+from torch import nn
+from torch.autograd.functional import jacobian
+
+import skaipo._reconstruct
+from skaipo import AIPORegressor, FlowPrior
+from skaipo.flows import Glow, RealNVP
+from skaipo.flows._frozen import FrozenEvaluator, ReferenceEvaluator
+from skaipo.noise import GaussianNoise
+from skaipo.operators import Inpainting
+
+FLOWS = {
+    "realnvp of vectors": lambda **k: random_flow(RealNVP, (7,), **k),
+    "glow of vectors": lambda **k: random_flow(Glow, (6,), **k),
+    "realnvp of images": lambda **k: random_flow(RealNVP, (2, 8, 4), noise=0.1, **k),
+    "glow of images": lambda **k: random_flow(Glow, (3, 4, 8), noise=0.1, **k),
+    "glow of grey images": lambda **k: random_flow(Glow, (1, 8, 8), noise=0.1, **k),
+    "networks without kinks": lambda **k: random_flow(Glow, (2, 4, 4), smooth=True, **k),
+}
+MEMORY = ["store", "recompute"]
+
+
+def points(flow, n=5, seed=0):
+    """Images and latents; the images are the flow's own."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, flow.n_features, generator=generator, dtype=torch.float64)
+    z = z.to(flow.loc.dtype)
+    with torch.no_grad():
+        return flow.inverse(z).flatten(1), z
+
+
+def evaluated(evaluator, u, inverse, cotangents):
+    value, log_det, pull = (evaluator.linearize_inverse if inverse else evaluator.linearize)(u)
+    return [value, log_det, *pull(*cotangents)]
+
+
+def assert_same(a, b, tolerance):
+    for ours, theirs in zip(a, b, strict=True):
+        scale = theirs.abs().amax().clamp_min(1.0)
+        assert (ours - theirs).abs().amax() <= tolerance * scale
+
+
+# ---------------------------------------------------------------------------- the same results
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("name", FLOWS)
+def test_values_and_gradients_are_those_of_the_layers(name, memory, inverse):
+    flow = FLOWS[name]()
+    x, z = points(flow)
+    u, v = (z, x) if inverse else (x, z)
+    cotangents = [(v, -1.0), (None, 1.0), (2.0 * v, 0.0)]
+    for n in (1, 2, 5):
+        chosen = [(None if w is None else w[:n], c) for w, c in cotangents]
+        for some in (chosen, chosen[:1], chosen[1:2]):
+            assert_same(
+                evaluated(FrozenEvaluator(flow, memory), u[:n], inverse, some),
+                evaluated(ReferenceEvaluator(flow), u[:n], inverse, some),
+                1e-10,
+            )
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("name", FLOWS)
+def test_gradients_are_products_with_the_jacobian(name, memory):
+    flow = FLOWS[name]()
+    x, z = points(flow, 1)
+    v = torch.randn_like(z)
+    for inverse, u, function in (
+        (False, x, lambda x: flow(x[None])[0][0]),
+        (True, z, lambda z: flow.inverse(z[None]).flatten()),
+    ):
+        matrix = jacobian(function, u[0])
+        _, log_det, gradient = evaluated(FrozenEvaluator(flow, memory), u, inverse, [(v, 0.0)])
+        assert_same([gradient[0]], [matrix.T @ v[0]], 1e-9)
+        assert_same([log_det[0]], [torch.linalg.slogdet(matrix).logabsdet], 1e-9)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("name", FLOWS)
+def test_values_alone_are_those_of_the_layers(name, inverse):
+    flow = FLOWS[name]()
+    x, z = points(flow)
+    ours, theirs = FrozenEvaluator(flow), ReferenceEvaluator(flow)
+    if inverse:
+        assert_same(ours.inverse(z), theirs.inverse(z), 1e-10)
+    else:
+        assert_same(ours.forward(x), theirs.forward(x), 1e-10)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("architecture", [RealNVP, Glow])
+def test_single_precision_is_as_exact_as_that_of_the_layers(architecture, memory):
+    """Against double precision, neither is much farther off than the other."""
+    flow = random_flow(architecture, (3, 8, 8), noise=0.05)
+    x, z = points(flow, 16)
+    exact = evaluated(ReferenceEvaluator(flow), x, False, [(z, -1.0)])
+    flow = flow.float()
+    x, z = x.float(), z.float()
+    ours = evaluated(FrozenEvaluator(flow, memory), x, False, [(z, -1.0)])
+    theirs = evaluated(ReferenceEvaluator(flow), x, False, [(z, -1.0)])
+    for a, b, truth in zip(ours, theirs, exact, strict=True):
+        assert (a - truth).norm() <= 4 * (b - truth).norm() + 1e-6 * truth.norm()
+
+
+def odd_network(in_channels, out_channels):
+    """Kernels of several sizes, layers without bias, dropout; no zeros in the last layer."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 5, (1, 3), padding=(0, 1), bias=False),
+        nn.ReLU(),
+        nn.Dropout2d(0.5),
+        nn.Conv2d(5, 6, 3, padding="same"),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(4, out_channels, 5, padding=2),
+    )
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        odd_network,
+        lambda i, o: nn.Conv2d(i, o, 3, padding=1),
+        lambda i, o: nn.Sequential(nn.Conv2d(i, 4, 3, padding=1, padding_mode="circular"),
+                                   nn.ReLU(), nn.Conv2d(4, o, 1)),
+        lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=2, dilation=2)),
+        lambda i, o: nn.Sequential(nn.Conv2d(i, 4, 1), nn.LeakyReLU(), nn.Conv2d(4, o, 1)),
+    ],
+    ids=["odd", "single layer", "circular", "dilated", "leaky"],
+)  # fmt: skip
+@pytest.mark.parametrize("architecture", [RealNVP, Glow])
+def test_any_network_may_condition(architecture, network):
+    flow = random_flow(architecture, (2, 4, 4))
+    for module in flow.modules():
+        if hasattr(module, "net"):
+            convolutions = [m for m in module.net if isinstance(m, nn.Conv2d)]
+            module.net = network(
+                convolutions[0].in_channels, convolutions[-1].out_channels
+            ).double()
+    flow.eval().requires_grad_(False)
+    x, z = points(flow)
+    for memory in MEMORY:
+        for inverse, u, v in ((False, x, z), (True, z, x)):
+            cotangents = [(v, -1.0), (None, 1.0)]
+            assert_same(
+                evaluated(FrozenEvaluator(flow, memory), u, inverse, cotangents),
+                evaluated(ReferenceEvaluator(flow), u, inverse, cotangents),
+                1e-10,
+            )
+
+
+# ------------------------------------------------------------------------------- independence
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_batch_does_not_change_its_rows(name, memory):
+    flow = FLOWS[name]().float()
+    x, z = points(flow, 24)
+    evaluator = FrozenEvaluator(flow, memory)
+    together = evaluated(evaluator, x, False, [(z, -1.0)])
+    for rows in (slice(0, 1), slice(3, 5), slice(7, 14), slice(23, 24), slice(2, 19)):
+        part = evaluated(evaluator, x[rows], False, [(z[rows], -1.0)])
+        assert_same(part, [t[rows] for t in together], 1e-5)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("name", FLOWS)
+def test_broken_rows_do_not_change_the_others_by_one_bit(name, memory, poison):
+    flow = FLOWS[name]().float()
+    x, z = points(flow, 9)
+    evaluator = FrozenEvaluator(flow, memory)
+    clean = evaluated(evaluator, x, False, [(z, -1.0), (None, 1.0)])
+    broken = x.clone()
+    broken[4] = poison
+    spoilt = evaluated(evaluator, broken, False, [(z, -1.0), (None, 1.0)])
+    # The workspace that the broken row went through serves again.
+    again = evaluated(evaluator, x, False, [(z, -1.0), (None, 1.0)])
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    for before, now, after in zip(clean, spoilt, again, strict=True):
+        assert torch.equal(before[others], now[others])
+        assert torch.equal(before, after)
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 2)), min_size=1, max_size=8))
+@settings(max_examples=25)
+def test_workspaces_are_not_mixed_up(calls):
+    """Evaluations of all sizes, with gradients now, later, in another order, or never."""
+    flow = FLOWS["glow of images"]()
+    x, z = points(flow, 20)
+    evaluator, reference = FrozenEvaluator(flow), ReferenceEvaluator(flow)
+    waiting, results = [], []
+    for n, when in calls:
+        value, log_det, pull = evaluator.linearize(x[:n])
+        results.append((n, value, log_det))
+        if when == 0:
+            waiting.append((n, pull))
+        elif when == 1:
+            results.append((n, *pull((z[:n], -1.0))))
+    results += [(n, *pull((z[:n], -1.0))) for n, pull in reversed(waiting)]
+    value, log_det, gradient = evaluated(reference, x, False, [(z, -1.0)])
+    for n, *parts in results:
+        expected = [gradient[:n]] if len(parts) == 1 else [value[:n], log_det[:n]]
+        assert_same(parts, expected, 1e-10)
+
+
+def test_threads_can_share_an_evaluator():
+    flow = FLOWS["glow of images"]()
+    x, z = points(flow, 32)
+    evaluator = FrozenEvaluator(flow)
+    jobs = [slice(i, i + n) for i in range(0, 24, 3) for n in (1, 4, 8)]
+
+    def job(rows):
+        return evaluated(evaluator, x[rows], False, [(z[rows], -1.0)])
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(job, jobs))
+    expected = evaluated(ReferenceEvaluator(flow), x, False, [(z, -1.0)])
+    for rows, result in zip(jobs, results, strict=True):
+        assert_same(result, [t[rows] for t in expected], 1e-10)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("name", FLOWS)
+def test_arguments_are_not_written_to(name, memory):
+    flow = FLOWS[name]()
+    x, z = points(flow)
+    x0, z0 = x.clone(), z.clone()
+    evaluator = FrozenEvaluator(flow, memory)
+    for _ in range(2):
+        first = evaluated(evaluator, x, False, [(z, -1.0)])
+        kept = [t.clone() for t in first]
+        evaluated(evaluator, z, True, [(x, 1.0), (None, 1.0)])
+        evaluator.forward(2 * x)
+        assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    assert torch.equal(x, x0)
+    assert torch.equal(z, z0)
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+def held(evaluator):
+    """Bytes in the workspaces that wait for their next use."""
+    return sum(
+        buffer.numel() * buffer.element_size()
+        for spaces in evaluator._idle.values()
+        for space in spaces
+        for buffer in space._storage.values()
+    )
+
+
+def test_without_stored_activations_memory_does_not_grow_with_depth():
+    sizes = {}
+    for memory in MEMORY:
+        for depth in (4, 32):
+            flow = Glow((3, 8, 8), n_steps=depth, n_levels=2, hidden_channels=16).eval()
+            evaluator = FrozenEvaluator(flow, memory)
+            x = torch.randn(4, 192)
+            evaluated(evaluator, x, False, [(x, -1.0)])
+            sizes[memory, depth] = held(evaluator)
+    assert sizes["recompute", 32] <= 1.05 * sizes["recompute", 4]
+    assert sizes["store", 32] >= 2.5 * sizes["store", 4]
+    evaluator.release()
+    assert held(evaluator) == 0
+
+
+def test_a_budget_decides_between_storing_and_computing_again():
+    flow = FLOWS["glow of images"]()
+    per_row = FrozenEvaluator(flow)._bytes_per_row
+    x, z = points(flow, 8)
+    for rows, stores in ((4, True), (5, False)):
+        evaluator = FrozenEvaluator(flow, 4 * per_row)
+        evaluated(evaluator, x[:rows], False, [(z[:rows], 0.0)])
+        assert bool(evaluator._idle[True]) == stores
+    with pytest.raises(ValueError, match="memory must be 'auto', 'store'"):
+        flow.compile_for_inference(memory="half")
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rows_whose_way_back_goes_astray_are_stored(inverse):
+    """Inverting a chain of extreme scales in single precision leads nowhere near the start."""
+    flow = random_flow(Glow, (3, 8, 8), noise=0.02)
+    with torch.no_grad():
+        for name, parameter in flow.named_parameters():
+            if name.endswith("log_diagonal"):
+                parameter[::2] += 1.0
+                parameter[1::2] -= 1.0
+    flow = flow.float()
+    u, v = torch.randn(20, 192), torch.randn(20, 192)
+    recompute = FrozenEvaluator(flow, "recompute")
+    (stored,) = evaluated(FrozenEvaluator(flow, "store"), u, inverse, [(v, -1.0)])[2:]
+    (gradient,) = evaluated(recompute, u, inverse, [(v, -1.0)])[2:]
+    scale = stored.norm(dim=1)
+    assert ((gradient - stored).norm(dim=1) <= 1e-3 * scale).all()
+    # Without the check the same comes out wrong: the flow is as ill-conditioned as it should be.
+    recompute._drift = float("inf")
+    (unchecked,) = evaluated(recompute, u, inverse, [(v, -1.0)])[2:]
+    assert ((unchecked - stored).norm(dim=1) > 1e-2 * scale).any()
+
+
+def test_a_chunk_that_does_not_fit_is_halved(monkeypatch):
+    prior, op, Y = small_problem(11)
+    estimator = AIPORegressor(op, 1.0, prior=prior, noise=GaussianNoise(0.3), max_evals=20)
+    whole = estimator.reconstruct(Y)
+    linearize, sizes = FrozenEvaluator.linearize, []
+
+    def limited(self, x):
+        sizes.append(len(x))
+        if len(x) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. (a pretended limit)")
+        return linearize(self, x)
+
+    monkeypatch.setattr(FrozenEvaluator, "linearize", limited)
+    halved = estimator.reconstruct(Y)
+    assert max(sizes) > 3
+    np.testing.assert_allclose(halved.x, whole.x, atol=1e-5)
+    np.testing.assert_array_equal(halved.n_evals, whole.n_evals)
+    np.testing.assert_array_equal(halved.status, whole.status)
+
+    def exhausted(self, x):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
+
+    monkeypatch.setattr(FrozenEvaluator, "linearize", exhausted)
+    with pytest.raises(MemoryError, match="not enough memory to reconstruct even a single row"):
+        estimator.reconstruct(Y)
+
+    def broken(self, x):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(FrozenEvaluator, "linearize", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        estimator.reconstruct(Y)
+
+
+# ----------------------------------------------------------------------------- which evaluator
+
+
+def test_a_flow_keeps_its_evaluator_until_it_changes(monkeypatch):
+    monkeypatch.delenv("SKAIPO_KERNELS", raising=False)
+    flow = FLOWS["glow of images"]()
+    x, _ = points(flow)
+    evaluator = flow.compile_for_inference()
+    assert isinstance(evaluator, FrozenEvaluator)
+    assert flow.compile_for_inference() is evaluator
+    for copied in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        assert copied.compile_for_inference() is not evaluator
+        assert_same(copied.compile_for_inference().forward(x), evaluator.forward(x), 0.0)
+    with torch.no_grad():
+        flow.levels[0][1].bias += 0.5
+    assert flow.compile_for_inference() is not evaluator
+    assert_same(flow.compile_for_inference().forward(x), ReferenceEvaluator(flow).forward(x), 1e-10)
+    assert flow.float().compile_for_inference().forward(x.float())[0].dtype == torch.float32
+
+
+class Shifted(Glow):
+    """Does something of its own around the layers."""
+
+    def _normalize(self, x):
+        return super()._normalize(x + 1.0)
+
+    def _generate(self, z):
+        x, log_det = super()._generate(z)
+        return x - 1.0, log_det
+
+
+class OtherLayer(nn.Module):
+    def forward(self, x):
+        return 2.0 * x, x.new_tensor(float(np.log(2.0) * x[0].numel()))
+
+    def inverse(self, y):
+        return 0.5 * y, -y.new_tensor(float(np.log(2.0) * y[0].numel()))
+
+
+def test_what_the_kernels_do_not_know_is_left_to_autograd(monkeypatch):
+    monkeypatch.delenv("SKAIPO_KERNELS", raising=False)
+    subclass = random_flow(Shifted, (1, 4, 4))
+    foreign = random_flow(Glow, (1, 4, 4))
+    foreign.levels[0].append(OtherLayer())
+    training = random_flow(Glow, (1, 4, 4)).train()
+    for flow in (subclass, foreign, training):
+        evaluator = flow.compile_for_inference()
+        assert isinstance(evaluator, ReferenceEvaluator)
+        z = torch.randn(3, 16, dtype=torch.float64)
+        x, log_det = evaluator.inverse(z)
+        assert_same(evaluator.forward(x), (z, -log_det), 1e-9)
+    # Dropout is on in training, and no gradient may be missing it.
+    assert isinstance(training.eval().compile_for_inference(), FrozenEvaluator)
+
+
+def test_an_environment_variable_turns_the_kernels_off(monkeypatch):
+    flow = FLOWS["glow of images"]()
+    monkeypatch.setenv("SKAIPO_KERNELS", "reference")
+    assert isinstance(flow.compile_for_inference(), ReferenceEvaluator)
+    monkeypatch.setenv("SKAIPO_KERNELS", "fused")
+    assert isinstance(flow.compile_for_inference(), FrozenEvaluator)
+    monkeypatch.setenv("SKAIPO_KERNELS", "fast")
+    with pytest.raises(ValueError, match="SKAIPO_KERNELS must be one of fused, reference"):
+        flow.compile_for_inference()
+
+
+def small_problem(n, dtype=torch.float64):
+    flow = random_flow(Glow, (1, 4, 4), dtype=dtype, smooth=dtype == torch.float64)
+    prior = FlowPrior(flow=flow)
+    op = Inpainting(np.arange(16) % 3 != 1)
+    X = prior.sample(n, random_state=0)
+    return prior, op, op(X) + 0.3 * np.random.RandomState(0).randn(n, 16)
+
+
+@pytest.mark.parametrize("space", ["image", "latent"])
+@pytest.mark.parametrize("solver", ["hybrid", "lbfgs", "adam", "gd"])
+def test_reconstructions_do_not_depend_on_the_kernels(monkeypatch, solver, space):
+    prior, op, Y = small_problem(6)
+    results = {}
+    for kernels in ("fused", "reference"):
+        monkeypatch.setenv("SKAIPO_KERNELS", kernels)
+        results[kernels] = AIPORegressor(
+            op, 1.0, prior=prior, noise=GaussianNoise(0.3), solver=solver, space=space, max_evals=60
+        ).reconstruct(Y)
+    fused, reference = results["fused"], results["reference"]
+    np.testing.assert_allclose(fused.objective, reference.objective, rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(fused.x, reference.x, atol=1e-5)
+    np.testing.assert_array_equal(fused.n_evals, reference.n_evals)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_gpu_gives_what_the_cpu_does(name, memory):
+    flow = FLOWS[name]().float()
+    x, z = points(flow, 33)
+    expected = evaluated(FrozenEvaluator(flow, memory), x, False, [(z, -1.0), (None, 1.0)])
+    evaluator = FrozenEvaluator(flow.cuda(), memory)
+    for n in (33, 1, 33, 17, 33):  # eager, then captured, then replayed
+        found = evaluated(evaluator, x[:n].cuda(), False, [(z[:n].cuda(), -1.0), (None, 1.0)])
+        assert_same([t.cpu() for t in found], [t[:n] for t in expected], 1e-4)
+
+
+def test_out_of_memory_is_told_from_other_errors():
+    told = skaipo._reconstruct._out_of_memory
+    assert told(torch.cuda.OutOfMemoryError("CUDA out of memory."))
+    assert told(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+    assert not told(RuntimeError("expected scalar type Float but found Double"))
