@@ -120,7 +120,7 @@ def density(evaluator):
 
     def run(x):
         z, log_det, pull = evaluator.linearize(x.flatten(1))
-        return log_det - 0.5 * z.square().sum(1), pull((z, -1.0))[0]
+        return log_det - 0.5 * z.square().sum(1), pull((-z, 1.0))[0]
 
     return run
 
@@ -184,13 +184,13 @@ def speed(args, rows):
                 "kernels, z -> x": latent(store, False),
                 "kernels, z -> x, terms apart": latent(store, True),
             }
-            x = torch.randn(2, 3, size, size, device=args.device)
+            x = torch.randn(2, 3, size, size, device=args.device, requires_grad=True)
             with FlopCounterMode(display=False) as counter:
-                methods["plain layers"](x)
+                flow.log_prob(x).sum().backward()
             flop = counter.get_total_flops() / 2
+            check(methods, torch.randn(16, 3, size, size, device=args.device))
             for batch in args.batches:
                 x = torch.randn(batch, 3, size, size, device=args.device)
-                check(methods, x)
                 times = {name: [] for name in methods}
                 for _ in range(args.rounds):
                     for name, run in methods.items():
@@ -208,7 +208,7 @@ def check(methods, x):
         difference = (ours_gradient.view_as(gradient) - gradient).flatten(1).norm(dim=1)
         # A unit of a ReLU network that is within rounding of zero can be on in one and off in the
         # other; of ten thousands of them, some are.
-        assert float((difference / gradient.flatten(1).norm(dim=1)).median()) < 1e-2
+        assert float((difference / gradient.flatten(1).norm(dim=1)).median()) < 1e-4
 
 
 def report(args, rows, times, size, depth, batch, flop, peak):

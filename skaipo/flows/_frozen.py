@@ -47,7 +47,7 @@ MEMORY = ("auto", "store", "recompute")
 # to run, and with it would the last bits of the results.
 _CPU_BYTES = 2**29
 # Size of a workspace whose activations are not kept.
-_CHUNK_BYTES = 2**25
+_CHUNK_BYTES = 3 * 2**24
 
 
 class UnknownLayerError(TypeError):
@@ -180,6 +180,10 @@ class FrozenEvaluator:
         self._bytes_per_row = self._item * sum(op.kept_per_row for op in self._operations)
         # How far an input may be from its own recomputation, in standard deviations.
         self._drift = 1e-4 if self._like.dtype == torch.float32 else 1e-9
+        # A product with a single row is another routine's, with another order of summation. From
+        # two rows or pixels on a row's results were the same bits in every batch, on the processors
+        # tried.
+        self._min_rows = 2 if math.prod(self._parts[-1].outside[1:]) < 4 else 1
         self._idle = {True: [], False: []}
 
     def forward(self, x):
@@ -209,7 +213,7 @@ class FrozenEvaluator:
         try:
             return self._idle[keeps].pop()
         except IndexError:
-            return _Workspace(self._like, keeps)
+            return _Workspace(self._like, keeps, self._min_rows)
 
     def _give_back(self, space):
         self._idle[space.keeps].append(space)
@@ -226,7 +230,7 @@ class FrozenEvaluator:
         # Planned on a device without memory, only to add up the sizes of the buffers.
         space = _Workspace(self._like.to("meta"), keeps=False)
         space.resize(8)
-        self._plan_pull(space, False, 2, True)
+        self._plan_pull(space, False, 1, True)
         bytes_per_row = sum(b.numel() for b in space._storage.values()) * self._item // 8
         rows = max(8, _CHUNK_BYTES // bytes_per_row // 8 * 8)
         # On a GPU there is room, and few large steps are faster than many small ones.
@@ -480,15 +484,15 @@ class _Workspace:
         Of the dtype and on the device of the buffers.
     keeps : bool
         Whether every operation has buffers of its own for what it keeps, or all share the same.
+    min_rows : int
+        Smaller batches are filled up.
     """
 
     _MAX_SIZES = 8
-    # A product with a single row is another routine's, with another order of summation. From two
-    # rows on a row's results were the same bits in every batch, on the processors tried.
-    _MIN_ROWS = 2
 
-    def __init__(self, like, keeps):
+    def __init__(self, like, keeps, min_rows=1):
         self.like = like
+        self.min_rows = min_rows
         self.keeps = keeps
         self.n = 0
         self.graphs = {}  # of networks that autograd differentiates
@@ -497,7 +501,7 @@ class _Workspace:
 
     def resize(self, n):
         """Prepare for ``n`` rows, or a few more, and return ``n``."""
-        self.n = max(n, self._MIN_ROWS)
+        self.n = max(n, self.min_rows)
         if self.like.is_cuda:  # few sizes, for few graphs
             self.n = max(16, 1 << (n - 1).bit_length()) if n else 16
         if self.n not in self._programs and len(self._programs) == self._MAX_SIZES:
@@ -622,11 +626,11 @@ class _Affine(_Operation):
         self.log_det = positions * log_det
         self.diagonal = all(isinstance(layer, ActNorm) for layer in layers)
         back_bias = -bias @ back
+        parts = [matrix, bias, back, back_bias, matrix.T, back.T]
         if self.diagonal:
-            matrix, back = matrix.diagonal(), back.diagonal()
-        self.matrix, self.bias, self.back, self.back_bias = (
-            t.contiguous().to(like.dtype).to(like.device) for t in (matrix, bias, back, back_bias)
-        )
+            parts = [part.diagonal() if part.ndim == 2 else part for part in parts]
+        parts = (part.contiguous().to(like.dtype).to(like.device) for part in parts)
+        self.matrix, self.bias, self.back, self.back_bias, *self.transposes = parts
 
     def plan(self, h, parts, inverse, log_det, space, steps):
         matrix, bias = (self.back, self.back_bias) if inverse else (self.matrix, self.bias)
@@ -640,13 +644,13 @@ class _Affine(_Operation):
         return output
 
     def plan_back(self, g, parts, inverse, weights, space, steps):
-        matrix = self.back if inverse else self.matrix
+        matrix = self.transposes[inverse]
         if self.diagonal:
             steps.append(lambda: g.mul_(matrix))
             return g
-        output, transpose = space.other("g", g), matrix.T
+        output = space.other("g", g)
         flat, flat_output = g.view(-1, len(matrix)), output.view(-1, len(matrix))
-        steps.append(lambda: torch.mm(flat, transpose, out=flat_output))
+        steps.append(lambda: torch.mm(flat, matrix, out=flat_output))
         return output
 
 
@@ -679,26 +683,25 @@ class _Coupling(_Operation):
         return [space.kept(self, name, *shape, self.size) for name in ("x", "tanh", "factor")]
 
     def _plan_outputs(self, h, space, steps):
-        """The network's outputs: ``s / bound`` before its tanh, and ``t``."""
+        """A function that gives ``s / bound`` before its tanh, and ``t``, after the steps."""
         return self.net.plan(h[..., self.source], space, steps)
 
-    def _plan_sum(self, g, output, sign, space, steps):
+    def _plan_sum(self, g, pair, sign, space, steps):
         """Add to the gradient what goes back through the network."""
         source = g[..., self.source]
-        more = self.net.plan_back(output, source.shape, space, steps)
+        more = self.net.plan_back(pair.movedim(0, -2), source.shape, space, steps)
         steps.append(lambda: source.add_(more(), alpha=sign))
 
     def plan(self, h, parts, inverse, log_det, space, steps):
         divide = inverse != self.flip
         outputs = self._plan_outputs(h, space, steps)
         x, tanh, factor = self._kept(space, h.shape[1:-1])
-        target, bound, size = h[..., self.target], self.bound, self.size
+        target, bound = h[..., self.target], self.bound
         flat = tanh.view(len(tanh), -1)
 
         def step():
-            output = outputs()
-            shift = output[..., size:]
-            torch.tanh(output[..., :size], out=tanh)
+            raw, shift = outputs()
+            torch.tanh(raw, out=tanh)
             torch.mul(tanh, bound, out=factor).exp_()
             if divide:
                 torch.sub(target, shift, out=x).div_(factor)
@@ -715,31 +718,30 @@ class _Coupling(_Operation):
     def plan_back(self, g, parts, inverse, weights, space, steps):
         divide = inverse != self.flip
         x, tanh, factor = self._kept(space, g.shape[1:-1])
-        output = space.buffer("d output", *g.shape[:-1], 2 * self.size)
+        # Each of the two in one piece: their channels are few, and rows of few numbers are slow.
+        pair = space.buffer("d output", 2 * len(g), *g.shape[1:-1], self.size)
+        d_raw, d_shift = pair.split(len(g))
         d_x = space.buffer("d x", *g.shape[:-1], self.size)
-        target, d_shift = g[..., self.target], output[..., self.size :]
+        target = g[..., self.target]
         chunks = [
-            (target[rows], d_x[rows], output[rows, ..., : self.size], weight)
-            for rows, weight in (
-                (slice(i, i + len(x)), weights[i : i + len(x)].view(-1, *(1,) * (x.ndim - 1)))
-                for i in range(0, len(g), len(x))
-            )
+            (target[rows], d_x[rows], d_raw[rows], weights[rows].view(-1, *(1,) * (x.ndim - 1)))
+            for rows in (slice(i, i + len(x)) for i in range(0, len(g), len(x)))
         ]
 
         def step():
-            for d_target, d_source, d_raw, weight in chunks:
+            for d_target, d_source, d_log, weight in chunks:
                 if divide:  # x = (y - t) exp(-s), log-determinant -s: d_raw and d_shift negated
                     torch.div(d_target, factor, out=d_source)
-                    torch.addcmul(weight, d_target, x, out=d_raw)
+                    torch.addcmul(weight, d_target, x, out=d_log)
                 else:
                     torch.mul(d_target, factor, out=d_source)
-                    torch.addcmul(weight, d_source, x, out=d_raw)
-                torch.ops.aten.tanh_backward.grad_input(d_raw, tanh, grad_input=d_raw)
+                    torch.addcmul(weight, d_source, x, out=d_log)
+                torch.ops.aten.tanh_backward.grad_input(d_log, tanh, grad_input=d_log)
             d_shift.copy_(d_x if divide else target)
             target.copy_(d_x)
 
         steps.append(step)
-        self._plan_sum(g, output, -1.0 if divide else 1.0, space, steps)
+        self._plan_sum(g, pair.view(2, *d_x.shape), -1.0 if divide else 1.0, space, steps)
         return g
 
 
@@ -756,7 +758,7 @@ class _MaskedCoupling(_Coupling):
 
     def __init__(self, layer, shape):
         self.mask = layer.mask.detach().movedim(0, -1).contiguous()
-        self.rest = 1.0 - torch.cat((self.mask, self.mask), dim=-1)
+        self.rest = 1.0 - self.mask
         self._init(layer, shape, self.mask.shape[-1], flip=False)
 
     def _plan_outputs(self, h, space, steps):
@@ -764,12 +766,12 @@ class _MaskedCoupling(_Coupling):
         masked = space.buffer("masked", *h.shape)
         steps.append(lambda: torch.mul(h, mask, out=masked))
         outputs = self.net.plan(masked, space, steps)
-        return lambda: outputs().mul_(rest)
+        return lambda: [output.mul_(rest) for output in outputs()]
 
-    def _plan_sum(self, g, output, sign, space, steps):
+    def _plan_sum(self, g, pair, sign, space, steps):
         mask, rest = self.mask, self.rest
-        steps.append(lambda: output.mul_(rest))
-        more = self.net.plan_back(output, g.shape, space, steps)
+        steps.append(lambda: pair.mul_(rest))
+        more = self.net.plan_back(pair.movedim(0, -2), g.shape, space, steps)
         steps.append(lambda: g.addcmul_(more(), mask, value=sign))
 
 
@@ -801,13 +803,13 @@ class _ReLUNet:
         ]
 
     def plan(self, h, space, steps):
-        """Append the steps; return a function that gives the outputs after them."""
+        """Append the steps; return a function that gives both halves of the outputs after them."""
         shape, gate = h.shape[1:-1], None
-        last = space.buffer("output", space.n, *shape, self.layers[-1].n_outputs)
+        last, halves = self.layers[-1].plan_halves(space, space.n, *shape)
         for layer, output in zip(self.layers, [*self._hidden(space, shape), last], strict=True):
             layer.plan(h, gate, output, space, steps)
             h, gate = output, _RECTIFIED
-        return lambda: last
+        return lambda: halves
 
     def plan_back(self, g, shape, space, steps):
         """The same for the transpose; ``shape`` is that of the inputs."""
@@ -850,7 +852,7 @@ class _AutogradNet:
             space.graphs[id(self)] = inputs, output
             output = output.detach().clone(memory_format=torch.contiguous_format)
             output[..., : self.size] /= self.bound
-            return output
+            return output.split(self.size, dim=-1)
 
         return outputs
 
@@ -860,7 +862,7 @@ class _AutogradNet:
 
         def gradients():
             inputs, output = space.graphs.pop(id(self))
-            parts = g.split(len(inputs))
+            parts = g.flatten(-2).split(len(inputs))
             return torch.cat(
                 [
                     torch.autograd.grad(output, inputs, part, retain_graph=i + 1 < len(parts))[0]
@@ -872,7 +874,10 @@ class _AutogradNet:
 
 
 def _plan_gate(h, gate, output, steps):
-    """Write to ``output`` ``h``, or ``h`` rectified, or ``h`` where ``gate`` is positive."""
+    """Write to ``output`` ``h``, or ``h`` rectified, or ``h`` where ``gate`` is positive.
+
+    An ``h`` without gate may have its channels in two halves, in an axis before the last.
+    """
     if gate is _RECTIFIED:
         steps.append(lambda: torch.clamp_min(h, 0, out=output))
     elif gate is not None:
@@ -883,6 +888,7 @@ def _plan_gate(h, gate, output, steps):
                 lambda source=source, target=target: threshold(source, gate, 0, grad_input=target)
             )
     elif output is not h:
+        output = output.unflatten(-1, h.shape[output.ndim - 1 :])
         steps.append(lambda: output.copy_(h))
 
 
@@ -902,6 +908,11 @@ class _Dense:
 
     def transpose(self):
         return _Dense(self.matrix.T, None)
+
+    def plan_halves(self, space, *shape):
+        """A buffer for outputs, and views of its two halves."""
+        output = space.buffer("output", *shape, self.n_outputs)
+        return output, output.chunk(2, dim=-1)
 
     def scaled(self, factors):
         """The same with its outputs multiplied."""
@@ -954,6 +965,16 @@ class _Convolution:
         bias = None if self.bias is None else self.bias * factors
         return _Convolution(self.weight * factors[:, None, None, None], bias)
 
+    def plan_halves(self, space, n, *shape):
+        """See :meth:`_Dense.plan_halves`."""
+        if self.matrix is None or not self.by_rows:
+            output = space.buffer("output", n, *shape, self.n_outputs)
+            return output, output.chunk(2, dim=-1)
+        # Sums can go anywhere: each half in one piece.
+        half = self.n_outputs // 2
+        pair = space.buffer("outputs", 2 * n, *shape, half).view(2, n, *shape, half)
+        return pair.movedim(0, -2), pair.unbind()
+
     def plan(self, h, gate, output, space, steps):
         """See :meth:`_Dense.plan`."""
         if self.matrix is None:
@@ -966,12 +987,13 @@ class _Convolution:
     def _plan_any(self, h, gate, output, space, steps):
         inputs = h if h.is_contiguous() else space.buffer("dense", *h.shape)
         _plan_gate(h, gate, inputs, steps)
-        image, padding = inputs.permute(0, 3, 1, 2), [k // 2 for k in self.kernel]
+        image = inputs.flatten(3).permute(0, 3, 1, 2)
+        padding = [k // 2 for k in self.kernel]
         flat = output.permute(0, 3, 1, 2)
         steps.append(lambda: flat.copy_(F.conv2d(image, self.weight, self.bias, padding=padding)))
 
     def _plan_windows(self, h, gate, output, space, steps):
-        n, height, width, channels = h.shape
+        n, height, width, channels = *h.shape[:3], self.n_inputs
         padded = space.buffer("padded", n, height + 2, width + 2, channels)
         _plan_gate(h, gate, padded[:, 1:-1, 1:-1], steps)
         image, row, pixel, _ = padded.stride()
@@ -989,7 +1011,7 @@ class _Convolution:
         steps.append(lambda: torch.mm(flat, matrix, out=flat_output))
 
     def _plan_rows(self, h, gate, output, space, steps):
-        n, height, width, channels = h.shape
+        n, height, width, channels = *h.shape[:3], self.n_inputs
         padded = space.buffer("padded in rows", n, height, width + 2, channels)
         _plan_gate(h, gate, padded[:, :, 1:-1], steps)
         image, row, pixel, _ = padded.stride()
@@ -998,10 +1020,12 @@ class _Convolution:
         products = space.buffer("products", n, height, width, 3 * self.n_outputs)
         matrix = self.matrix
         flat, flat_products = columns.view(-1, len(matrix)), products.view(-1, matrix.shape[1])
-        above, middle, below = products.split(self.n_outputs, dim=-1)
+        # The outputs may have their channels in two halves.
+        channels = output.shape[3:]
+        above, middle, below = products.unflatten(-1, (3, *channels)).unbind(3)
         above, below = above[:, :-1], below[:, 1:]
         lower, upper = output[:, 1:], output[:, :-1]
-        bias = self.bias
+        bias = None if self.bias is None else self.bias.view(channels)
 
         def step():
             columns.copy_(windows)
