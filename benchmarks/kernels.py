@@ -76,8 +76,7 @@ def build_normflows(flow):
     model = nf.MultiscaleFlow(bases, flows, merges)
     with torch.no_grad():
         for level, blocks in enumerate(reversed(flows)):
-            layers = [m for m in flow.levels[level] if not hasattr(m, "_none")]
-            layers = [m for m in layers if type(m).__name__ != "Squeeze"]
+            layers = [m for m in flow.levels[level] if type(m).__name__ != "Squeeze"]
             for step, block in enumerate(reversed(blocks[:-1])):
                 norm, linear, coupling = layers[3 * step : 3 * step + 3]
                 theirs = {type(m).__name__: m for m in block.flows}
@@ -453,7 +452,7 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--sizes", nargs="+", type=int, default=[32, 64])
     parser.add_argument("--depths", nargs="+", type=int, default=[8, 32])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.3, help="per method and round")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--digits", type=int, default=1000)

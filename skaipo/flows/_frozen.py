@@ -23,7 +23,7 @@ import math
 import os
 import warnings
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -253,33 +253,36 @@ class FrozenEvaluator:
 
     def _linearize(self, u, inverse):
         u = u.detach()
-        space = None
-        if self._stores(u):
-            space = self._borrow(True)
-            value, log_det = self._map(u, inverse, space)
-        else:
+        if not self._stores(u):
             value, log_det = self._map_in_chunks(u, inverse)
+            return value, log_det, partial(self._pull_along_inverse, u, value, inverse)
+        # Chunks as well, but larger ones: each has a workspace of its own until its way back.
+        chunks = u.split(2 * self._chunk) if len(u) else [u]
+        spaces = [self._borrow(True) for _ in chunks]
+        pairs = zip(chunks, spaces, strict=True)
+        maps = [self._map(chunk, inverse, space) for chunk, space in pairs]
+        values, log_dets = zip(*maps, strict=True)
 
-        @torch.no_grad()
         def pull(*cotangents):
-            zeros = torch.zeros_like(value)
-            cotangents = [(zeros if v is None else v, c) for v, c in cotangents]
-            if space is None:
-                return self._pull_along_inverse(u, value, cotangents, inverse)
-            gradients = self._pull(cotangents, inverse, space)
-            self._give_back(space)
-            return gradients
+            gradients, start = [], 0
+            for space, value in zip(spaces, values, strict=True):
+                rows = slice(start, start := start + len(value))
+                chosen = [(None if v is None else v[rows], c) for v, c in cotangents]
+                gradients.append(self._pull(chosen, inverse, space, len(value)))
+                self._give_back(space)
+            return [torch.cat(parts) for parts in zip(*gradients, strict=True)]
 
-        return value, log_det, pull
+        return torch.cat(values), torch.cat(log_dets), pull
 
-    def _pull_along_inverse(self, u, value, cotangents, inverse):
+    def _pull_along_inverse(self, u, value, inverse, *cotangents):
         """Gradients without stored activations."""
         with self._borrowed() as space:
             parts = []
             for start in range(0, max(len(u), 1), self._chunk):
                 rows = slice(start, start + self._chunk)
-                chosen = [(v[rows], c) for v, c in cotangents]
-                parts.append(self._pull(chosen, inverse, space, value[rows]))
+                chosen = [(None if v is None else v[rows], c) for v, c in cotangents]
+                some = value[rows]
+                parts.append(self._pull(chosen, inverse, space, len(some), some))
         *gradients, back = (torch.cat(part) for part in zip(*parts, strict=True))
         # Rows that the inverse did not lead back to where they came from, and that could have
         # been: their activations are stored after all, a few rows at a time.
@@ -289,8 +292,9 @@ class FrozenEvaluator:
         for rows in astray.nonzero()[:, 0].split(16) if astray.any() else ():
             space = self._borrow(True)
             self._map(u[rows], inverse, space)
-            chosen = [(v[rows], c) for v, c in cotangents]
-            for whole, part in zip(gradients, self._pull(chosen, inverse, space), strict=True):
+            chosen = [(None if v is None else v[rows], c) for v, c in cotangents]
+            parts = self._pull(chosen, inverse, space, len(rows))
+            for whole, part in zip(gradients, parts, strict=True):
                 whole[rows] = part
             self._give_back(space)
         return gradients
@@ -327,12 +331,13 @@ class FrozenEvaluator:
             h = op.plan(h, parts, inverse, total, space, steps)
         return ends, [*parts, h], steps, log_dets, self._like.new_tensor(signs)
 
-    def _pull(self, cotangents, inverse, space, value=None):
+    @torch.no_grad()
+    def _pull(self, cotangents, inverse, space, n, value=None):
         """Gradients per cotangent; given ``value``, along the inverse from there, and to where.
 
         Several cotangents go back as one batch: what an operation keeps serves them all.
         """
-        n = space.resize(len(cotangents[0][0]))
+        space.resize(n)
         ends, g_ends, weights, outputs, g_outputs, steps = space.program(
             ("pull", inverse, len(cotangents), value is not None),
             self._plan_pull,
@@ -343,6 +348,10 @@ class FrozenEvaluator:
         for i, (v, c) in enumerate(cotangents):
             rows = slice(i * space.n, (i + 1) * space.n)
             weights[rows] = c
+            if v is None:
+                for end in g_ends:
+                    end[rows] = 0.0
+                continue
             self._load(v, [end[rows] for end in g_ends], latent=not inverse, gradient=True)
         if value is not None:
             self._load(value, ends, latent=not inverse)
