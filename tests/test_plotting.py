@@ -32,6 +32,10 @@ BAD = np.array([0x9D, 0xB7, 0xD5])
 def drawn(axes):
     """The colours of an image as it is drawn, (H, W, 3) in 0..255, one per pixel."""
     (image,) = axes.images
+    return drawn_image(image)
+
+
+def drawn_image(image):
     return np.asarray(image.to_rgba(image.get_array(), bytes=True))[..., :3]
 
 
@@ -207,9 +211,7 @@ def test_reconstructions_are_drawn_as_they_are(n, shape):
             seen = image.to_rgba(image.get_array())[..., :3]
             seen = seen if len(shape) == 3 else np.where(holes, 0, seen[..., 0])
             np.testing.assert_allclose(seen, expected, atol=0.005)
-    hole = display.images_["measurement"][0]
-    hole = np.asarray(hole.to_rgba(hole.get_array(), bytes=True))[0, 0, :3]
-    np.testing.assert_array_equal(hole, BAD)
+    np.testing.assert_array_equal(drawn_image(display.images_["measurement"][0])[0, 0], BAD)
     error = np.sqrt(((truth - pred) ** 2).reshape(n, -1, *shape[-2:]).mean(1))
     for image, picture in zip(display.images_["error"], error, strict=True):
         np.testing.assert_allclose(image.get_array(), picture)
@@ -276,11 +278,37 @@ def test_measurements_that_are_no_images_show_their_adjoint():
     np.testing.assert_allclose(display.back_projection.reshape(4, 16), expected)
 
 
+def test_operators_that_are_not_linear_have_no_adjoint_to_show():
+    class Square(MatrixOperator):
+        is_linear = False
+
+    X, op = batch(2), Square(np.ones((3, 64)))
+    with pytest.raises(ValueError, match="Square, which is not linear"):
+        ReconstructionDisplay.from_predictions(None, X, Y=np.zeros((2, 3)), op=op)
+
+
 def test_what_an_operator_does_not_measure_is_not_shown():
     X = batch(2, (4, 4))
     mask = np.arange(16).reshape(4, 4) % 2 == 0
     display = ReconstructionDisplay.from_predictions(None, X, Y=X, op=Inpainting(mask))
     np.testing.assert_array_equal(np.isnan(display.measurement[0, 0]), ~mask)
+
+
+def test_rows_that_failed_do_not_hide_the_others():
+    X = batch(3)
+    pred = X.copy()
+    pred[1] = np.nan
+    pred[2] += 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        display = ReconstructionDisplay.from_predictions(X, pred)
+        paths = LambdaPathDisplay.from_predictions([1, 2], [pred, pred], X_true=X)
+    psnr = -20 * np.log10(0.1 / np.ptp(X))
+    texts = [text.get_text() for text in display.axes_[0].texts]
+    assert texts == ["∞", "nan", f"{psnr:.1f}"]
+    assert (drawn_image(display.images_["reconstruction"][1]) == BAD).all()
+    (median,) = [line for line in paths.axes_[1].lines if line.get_label() == "median of 3"]
+    np.testing.assert_allclose(median.get_ydata(), psnr)
 
 
 @pytest.mark.parametrize("n", [1, 100])

@@ -213,8 +213,8 @@ class LambdaPathDisplay(Display):
         Parameters
         ----------
         ax : matplotlib.axes.Axes or array-like of them, default=None
-            Where to draw: an Axes, whose place is divided, or one for the images and one for each
-            curve. Default: a new figure.
+            Where to draw: an Axes, whose place is divided (each curve takes about three inches), or
+            one for the images and one for each curve. Default: a new figure.
         max_images, max_lams : int, default=5 and 12
             Of more so many are drawn, evenly spaced, and the chosen lambda; the title says so.
             The curves are of all.

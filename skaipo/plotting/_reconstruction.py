@@ -20,6 +20,10 @@ from skaipo.plotting._images import (
 
 __all__ = ["ReconstructionDisplay"]
 
+ADJOINT = "adjoint of measurement"
+# Inches: a line of text, and the space between two blocks of columns.
+LINE, SPACE = 0.2, 0.12
+
 
 class ReconstructionDisplay(Display):
     """Truth, measurement, reconstruction and error of a batch of images, under each other.
@@ -79,7 +83,7 @@ class ReconstructionDisplay(Display):
         rows = {
             "truth": self.truth,
             "measurement": self.measurement,
-            "adjoint of measurement": self.back_projection,
+            ADJOINT: self.back_projection,
             "reconstruction": self.reconstruction,
         }
         if self.truth is not None:
@@ -226,85 +230,90 @@ class ReconstructionDisplay(Display):
         """
         load_matplotlib()
         rows = self.image_rows
-        n, shape = len(self.reconstruction), self.reconstruction.shape[1:]
-        self.shown_ = shown = evenly_spaced(n, max_images)
-        if n_columns is None:
-            n_columns = math.ceil(len(shown) / math.ceil(len(shown) / 20))
-        n_columns = min(n_columns, len(shown))
-        n_blocks = math.ceil(len(shown) / n_columns)
-        aspect = shape[-2] / shape[-1]
-        step, line, space = aspect + Mosaic.gap, 0.2, 0.12  # of a cell; a line, a gap: of an inch
-        text = line if self.psnr is not None else 0
-        if ax is None:
-            inches = float(np.clip(12 / n_columns, 0.6, 1.3))
-            width = n_columns * (1 + Mosaic.gap) * inches + 1.2 + (0.9 if "error" in rows else 0)
-            height = n_blocks * (len(rows) * step * inches + text + space) + 0.4
-            figure = new_figure(max(width, 3.2), height, layout="compressed")
-            ax = figure.add_subplot()
-        else:
-            box = ax.get_window_extent()
-            inches = min(
-                box.width / n_columns,
-                (box.height / n_blocks) / (len(rows) * step + text + space),
-            )
-            inches = max(inches / ax.figure.dpi, 0.05)
-        fontsize = float(np.clip(72 * inches / 3.2, 4, FONT))
-        mosaic = Mosaic(ax, shape)
-        reference = self.reconstruction if self.truth is None else self.truth
-        share = 0.01 if self.truth is None else 0
-        levels = finite_range(reference[shown], vmin, vmax, share)
-        ranges = dict.fromkeys(rows, levels)
-        if self.back_projection is not None:
-            ranges["adjoint of measurement"] = finite_range(self.back_projection[shown])
-        if "error" in rows:
-            ranges["error"] = finite_range(rows["error"][shown], 0.0, error_max)
+        self.shown_ = shown = evenly_spaced(len(self.reconstruction), max_images)
+        ax, n_columns, cell = self._place(ax, n_columns)
+        fontsize = float(np.clip(72 * cell / 3.2, 4, FONT))
+        mosaic = Mosaic(ax, self.reconstruction.shape[1:])
+        ranges = self._ranges(rows, vmin, vmax, error_max)
         self.images_ = {label: [] for label in rows}
         labels, bottom = [], 0.0
+        left = np.arange(n_columns) * (1 + mosaic.gap)
         for start in range(0, len(shown), n_columns):
-            block = shown[start : start + n_columns]
+            block = list(zip(shown[start : start + n_columns], left, strict=False))
             for label, images in rows.items():
                 cmap = "magma" if label == "error" else "gray"
-                for c, i in enumerate(block):
-                    drawn = mosaic.draw(
-                        images[i], c * (1 + mosaic.gap), bottom, *ranges[label], cmap
-                    )
-                    self.images_[label].append(drawn)
-                labels.append((bottom + aspect / 2, label.replace(" of ", " of\n")))
-                bottom += step
+                self.images_[label] += [
+                    mosaic.draw(images[i], x, bottom, *ranges[label], cmap) for i, x in block
+                ]
+                labels.append((bottom + mosaic.height / 2, label.replace(" of ", " of\n")))
+                bottom += mosaic.height + mosaic.gap
             if self.psnr is not None:
-                middle = bottom + text / inches / 2
-                for c, i in enumerate(block):
-                    ax.text(
-                        c * (1 + mosaic.gap) + 0.5,
-                        middle,
-                        f"{self.psnr[i]:.1f}" if np.isfinite(self.psnr[i]) else "∞",
-                        ha="center",
-                        va="center",
-                        fontsize=fontsize,
-                    )
+                middle = bottom + LINE / cell / 2
+                for i, x in block:
+                    text = "∞" if self.psnr[i] == np.inf else f"{self.psnr[i]:.1f}"
+                    ax.text(x + 0.5, middle, text, ha="center", va="center", fontsize=fontsize)
                 labels.append((middle, "PSNR (dB)"))
-                bottom += text / inches
-            bottom += space / inches
-        mosaic.finish(n_columns * (1 + mosaic.gap) - mosaic.gap, bottom, labels, fontsize=fontsize)
-        title = "\n".join(part for part in (title, some(shown, n)) if part)
+                bottom += LINE / cell
+            bottom += SPACE / cell
+        mosaic.finish(left[-1] + 1, bottom, labels, fontsize=fontsize)
+        title = "\n".join(part for part in (title, some(shown, len(self.reconstruction))) if part)
         if title:
             ax.set_title(title, fontsize=FONT + 1)
         self.figure_, self.axes_ = ax.figure, np.array([ax])
         if "error" in rows:
-            filled = min(1, bottom * inches * ax.figure.dpi / ax.get_window_extent().height)
-            name = "error" if shape[0] == 1 else "error, RMS over\nthe channels"
-            self.colorbar_ = self.figure_.colorbar(
-                self.images_["error"][0],
-                ax=ax,
-                # As long as one block or as its label, and no wider than it needs.
-                shrink=min(1, max(1 / n_blocks, 2.4 / (bottom * inches))) * filled,
-                anchor=(0, 0.5 if n_blocks == 1 else 1),
-                fraction=min(0.15, 0.25 / (n_columns * inches)),
-                aspect=25,
-            )
-            self.colorbar_.set_label(f"{name} (pixel units)", fontsize=fontsize)
-            self.colorbar_.ax.tick_params(labelsize=fontsize)
+            self._draw_colorbar(ax, math.ceil(len(shown) / n_columns), bottom * cell, fontsize)
         return self
+
+    def _place(self, ax, n_columns):
+        """The Axes to draw in, the number of columns, and the width of a cell in inches."""
+        n, n_rows = len(self.shown_), len(self.image_rows)
+        if n_columns is None:
+            n_columns = math.ceil(n / math.ceil(n / 20))
+        n_columns = max(1, min(n_columns, n))
+        n_blocks = math.ceil(n / n_columns)
+        aspect = self.reconstruction.shape[-2] / self.reconstruction.shape[-1]
+        rows = n_rows * (aspect + Mosaic.gap)
+        text = SPACE + (0 if self.psnr is None else LINE)
+        if ax is not None:
+            width, height = np.array(ax.get_window_extent().size) / ax.figure.dpi
+            cell = min(width / (n_columns * (1 + Mosaic.gap)), (height / n_blocks - text) / rows)
+            return ax, n_columns, max(cell, 0.05)
+        cell = float(np.clip(12 / n_columns, 0.6, 1.3))
+        # Beside the images are the labels of the rows, and the colour bar of the error.
+        width = n_columns * (1 + Mosaic.gap) * cell + (1.2 if self.truth is None else 2.1)
+        figure = new_figure(
+            max(width, 3.2), n_blocks * (rows * cell + text) + 0.4, layout="compressed"
+        )
+        return figure.add_subplot(), n_columns, cell
+
+    def _ranges(self, rows, vmin, vmax, error_max):
+        """The range of grey levels, or of the colour map, of each row."""
+        if self.truth is None:
+            levels = finite_range(self.reconstruction[self.shown_], vmin, vmax, 0.01)
+        else:
+            levels = finite_range(self.truth[self.shown_], vmin, vmax)
+        ranges = dict.fromkeys(rows, levels)
+        if self.back_projection is not None:
+            ranges[ADJOINT] = finite_range(self.back_projection[self.shown_])
+        if "error" in rows:
+            ranges["error"] = finite_range(rows["error"][self.shown_], 0.0, error_max)
+        return ranges
+
+    def _draw_colorbar(self, ax, n_blocks, height, fontsize):
+        # As long as one block or as its label, and no wider than it needs.
+        length = max(height / n_blocks, min(height, 2.4))
+        available, width = (np.array(ax.get_window_extent().size) / ax.figure.dpi)[::-1]
+        name = "error" if self.reconstruction.shape[1] == 1 else "error, RMS over\nthe channels"
+        self.colorbar_ = self.figure_.colorbar(
+            self.images_["error"][0],
+            ax=ax,
+            shrink=min(1, length / max(height, available)),
+            anchor=(0, 0.5 if n_blocks == 1 else 1),
+            fraction=min(0.15, 0.25 / width),
+            aspect=25,
+        )
+        self.colorbar_.set_label(f"{name} (pixel units)", fontsize=fontsize)
+        self.colorbar_.ax.tick_params(labelsize=fontsize)
 
 
 def _measured_images(Y, op, images, *shapes):
@@ -332,6 +341,11 @@ def _measured_images(Y, op, images, *shapes):
         raise ValueError(
             f"Y holds {Y.shape[1]} values for images of {d} pixels, which are no images: pass op= "
             f"to show its adjoint, or leave Y out."
+        )
+    if not op.is_linear:
+        raise ValueError(
+            f"Y holds no images, and {type(op).__name__}, which is not linear, has no adjoint to "
+            f"show instead: leave Y out."
         )
     adjoint = op.adjoint(to_tensor(np.nan_to_num(Y)))
     return "back_projection", to_numpy(adjoint).reshape(images.shape)
