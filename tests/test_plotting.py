@@ -441,6 +441,10 @@ def test_convergence_from_a_better_value_and_at_the_target_only():
     first, second = display.lines_["budget"].get_segments()
     np.testing.assert_array_equal(first[:, 1], [5, 1])
     np.testing.assert_array_equal(second[:, 1], [2])  # what this run found is lower still
+    # A row that is done counts with what it found, not with what could have been found.
+    result = history([[9, 5], [8, 6, 4], [7]], ["converged"] * 3)
+    display = ConvergenceDisplay.from_predictions(result, best=[1, 2, 3])
+    np.testing.assert_array_equal(display.median_.get_ydata(), [6, 4, 4])
     # Objectives at another lambda, which are lower here, are no measure of this one.
     result = history([[1, 9, 5, 6]], ["stalled"], lams=[np.array([0.1, 2, 2, 2])])
     result.objective[:] = 5
@@ -464,6 +468,9 @@ def test_convergence_of_an_estimator():
         ConvergenceDisplay.from_predictions(model.reconstruct(Y))
     with pytest.raises(ValueError, match=r"4 rows, got shape \(3,\)"):
         ConvergenceDisplay.from_predictions(result, best=np.zeros(3))
+    result.objective_history = result.lam_history = [np.array([])] * 4
+    with pytest.raises(ValueError, match="4 rows has an iteration to draw.*init='zero'"):
+        ConvergenceDisplay.from_predictions(result)
 
 
 def test_displays_draw_where_they_are_told_to():

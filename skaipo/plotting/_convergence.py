@@ -26,6 +26,8 @@ class ConvergenceDisplay(Display):
     ----------
     histories : list of ndarray of shape (n_iterations,)
         The objective of each row after each iteration of the solver.
+    found : ndarray of shape (n_samples,)
+        The objective of each row's result.
     best : ndarray of shape (n_samples,)
         What the gap is measured from: the lowest objective known of each row.
     status : ndarray of str of shape (n_samples,)
@@ -42,7 +44,7 @@ class ConvergenceDisplay(Display):
     lines_ : dict of str to matplotlib.collections.LineCollection
         The lines of the rows of each status.
     median_ : matplotlib.lines.Line2D or None
-        The median of several rows; those that are done count with the best that they found.
+        The median of several rows; those that are done count with what they found.
 
     Examples
     --------
@@ -57,8 +59,9 @@ class ConvergenceDisplay(Display):
     ['converged']
     """
 
-    def __init__(self, histories, best, status, *, at_target=None, unit=None):
+    def __init__(self, histories, found, best, status, *, at_target=None, unit=None):
         self.histories = histories
+        self.found = found
         self.best = best
         self.status = status
         self.at_target = at_target
@@ -121,25 +124,25 @@ class ConvergenceDisplay(Display):
                 f"estimator.reconstruct(Y, history=True)."
             )
         histories = [np.asarray(h, np.float64) for h in reconstruction.objective_history]
-        at_target = [np.isclose(h, reconstruction.lam) for h in reconstruction.lam_history]
-        found = np.array(
+        at_target = [np.isclose(h, reconstruction.lam, atol=0) for h in reconstruction.lam_history]
+        found = np.asarray(reconstruction.objective, np.float64)
+        lowest = np.array(
             [
                 min([end, *h[t & np.isfinite(h)]]) if np.isfinite(end) else np.nan
-                for end, h, t in zip(reconstruction.objective, histories, at_target, strict=True)
+                for end, h, t in zip(found, histories, at_target, strict=True)
             ]
         )
         if best is not None:
             best = np.asarray(best, dtype=np.float64)
-            if best.shape != found.shape:
+            if best.shape != lowest.shape:
                 raise ValueError(
-                    f"best must hold the lowest objective of each of the {len(found)} rows, got "
+                    f"best must hold the lowest objective of each of the {len(lowest)} rows, got "
                     f"shape {best.shape}."
                 )
             # Whatever is lower still is the best known now.
-            found = np.fmin(found, best)
-        display = cls(
-            histories, found, np.asarray(reconstruction.status), at_target=at_target, unit=unit
-        )
+            lowest = np.fmin(lowest, best)
+        status = np.asarray(reconstruction.status)
+        display = cls(histories, found, lowest, status, at_target=at_target, unit=unit)
         return display.plot(ax=ax, **kwargs)
 
     def plot(self, ax=None, *, gap=True, title=None):
@@ -160,14 +163,15 @@ class ConvergenceDisplay(Display):
         self : ConvergenceDisplay
         """
         mpl = load_matplotlib()
-        if ax is None:
-            ax = new_figure(6.4, 4.2).add_subplot()
-        self.figure_, self.axes_ = ax.figure, np.array([ax])
         n, length = len(self.histories), max(map(len, self.histories), default=0)
         if length == 0:
             raise ValueError(
-                f"None of the {n} rows has an iteration to draw: they were solved by their start."
+                f"None of the {n} rows has an iteration to draw: their start solved them. Another "
+                f"one, such as init='zero', leaves the solver something to do."
             )
+        if ax is None:
+            ax = new_figure(6.4, 4.2).add_subplot()
+        self.figure_, self.axes_ = ax.figure, np.array([ax])
         values = np.full((n, length), np.nan)
         last = np.full((n, length), np.nan)
         for i, history in enumerate(self.histories):
@@ -178,10 +182,9 @@ class ConvergenceDisplay(Display):
                     row[~self.at_target[i]] = np.nan
             values[i, : len(row)] = last[i, : len(row)] = row
             # A row that is done keeps what it found.
-            last[i, len(row) :] = 0 if gap else self.best[i]
-        with np.errstate(invalid="ignore"):
-            if gap:
-                values[values <= 0] = np.nan
+            last[i, len(row) :] = self.found[i] - (self.best[i] if gap else 0)
+        if gap:
+            values[values <= 0] = np.nan
         iterations = np.arange(1, length + 1)
         self.lines_ = {}
         for status in STATUS:
