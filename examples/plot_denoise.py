@@ -31,7 +31,7 @@ from skaipo.noise import GaussianNoise
 from skaipo.operators import Denoising
 
 X_train, X_test, _, _ = load_digits_split()
-X_tune, X_test = X_train[:24], X_test[:40]
+X_tune, X_test = X_train[:16], X_test[:40]
 prior = load_digits_prior(device="cpu")
 sigmas = [2.0, 3.0, 4.0]
 
@@ -44,7 +44,7 @@ sigmas = [2.0, 3.0, 4.0]
 #   training digits are left out of their own neighbours, or the choice of ``k`` would be absurd.
 # - Ridge regression learns the best linear map from noisy digits to clean ones. It needs pairs at
 #   the right level of noise, and is fitted again for each.
-# - AIPO. It stops at 60 evaluations of the flow for each digit, before the gradient has vanished
+# - AIPO. It stops at 50 evaluations of the flow for each digit, before the gradient has vanished
 #   to the last digits; the warning that says so is not needed here.
 
 warnings.simplefilter("ignore", ConvergenceWarning)
@@ -71,7 +71,7 @@ def ridge(Y, noise, alpha):
 
 
 def aipo(Y, noise, lam):
-    model = AIPORegressor(Denoising(), lam, prior=prior, noise=noise, max_evals=60)
+    model = AIPORegressor(Denoising(), lam, prior=prior, noise=noise, max_evals=50)
     return model.predict(Y)
 
 
@@ -123,9 +123,9 @@ figure.suptitle(f"Held-out digits, noise of standard deviation {sigma:g} of 16 g
 
 # %%
 # All levels of noise. Neighbours hardly gain from a better measurement, since they use it only to
-# look up other digits; where noise drowns the details that makes little difference, and their
-# average is nearly as good as what the flow makes of it. Ridge regression is the best that a linear
-# method can do, and runs parallel below.
+# look up other digits. Where noise drowns the details there is no more to be had, and their average
+# is as good as what the flow makes of it. Ridge regression is the best that a linear method can do,
+# and runs below in parallel.
 
 figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
 colors = ["#b0b0b0", "#7aa6c2", "#6b8e6b", "#9a7fb8", "#c2a14d", "#d1603d"]

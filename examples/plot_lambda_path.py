@@ -90,7 +90,7 @@ figure.suptitle("Reconstructions along lambda")
 # residual (thin lines: single digits) rises through one at a larger lambda. That is no accident:
 # even the best reconstruction follows some of the noise, so that its residual is smaller than the
 # noise. The discrepancy principle is therefore on the smooth side, and what it costs in PSNR is the
-# price of not knowing the truth. The log-density rises all the way, and does not say where to stop.
+# price of not knowing the truth. The log-density rises, levels off, and does not say where to stop.
 
 figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
 panels[0].semilogx(lams, psnr, "o-", color="#444444")
