@@ -4,9 +4,9 @@ Images from fewer numbers than pixels
 
 Each measurement is the sum of all pixels with random weights, and there are fewer measurements
 than pixels: infinitely many images explain them exactly. Compressed sensing chooses among them by
-sparsity, and a user of scikit-learn would take :class:`~sklearn.linear_model.Lasso` with cosines as
-features, as scikit-learn's own example for tomography does. :class:`~skaipo.AIPORegressor` chooses
-by the density of a normalizing flow that was trained on clean digits.
+sparsity, and a user of scikit-learn would take :class:`~sklearn.linear_model.Lasso`, as its example
+on tomography does; here with cosines as features. :class:`~skaipo.AIPORegressor` chooses by the
+density of a normalizing flow that was trained on clean digits.
 """
 
 # %%
@@ -92,10 +92,10 @@ needed = (energy < 0.99 * energy[:, -1:]).sum(axis=1) + 1
 print(f"coefficients for 99 % of the energy: {np.median(needed):.0f} of 64 in the median")
 
 # %%
-# Images are recovered from 24 measurements by all methods, and from 8 by the best two. With 8 no
-# method can know the digit. Ridge regression then returns something blurred, and its blur tells
-# that it does not know; AIPO returns a clean digit, and now and then a wrong one. A
-# reconstruction that looks convincing is no proof. From 16 measurements on the density pays.
+# Images are recovered from 24 measurements by all methods, and from 8 by the best two. Eight
+# numbers often do not tell which digit it is. Ridge regression then returns something blurred, and
+# the blur shows that it does not know; AIPO returns a clean digit, and now and then a wrong one. A
+# reconstruction that looks convincing is no proof. The density pays most from 16 measurements on.
 
 shown = 9
 rows = {"truth": X, **{f"{name}, 24": pictures[24][name] for name in methods}}

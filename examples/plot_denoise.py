@@ -105,21 +105,19 @@ for sigma in sigmas:
 
 # %%
 # At the middle level of noise. The filter has to choose between noise and blur, for the strokes
-# are about two pixels wide. PCA and ridge regression are linear: they shrink what is rare, and
-# cannot know that a stroke in one place excludes one in another. Neighbours are real digits, so
+# are about two pixels wide. PCA and ridge regression are linear, and cannot know that a stroke in
+# one place excludes one in another. Neighbours are real digits, so
 # their average looks clean, but it is the average of *other* digits, and details of this one are
 # lost. The flow is a non-linear density, and the reconstruction still has to explain ``Y``.
 
 shown, sigma = 10, sigmas[1]
-figure, grid = plt.subplots(
-    len(pictures[sigma]), shown, figsize=(8.4, 5.6), layout="constrained", squeeze=False
-)
+figure, grid = plt.subplots(len(pictures[sigma]), shown, figsize=(8.4, 5.6), layout="constrained")
+figure.suptitle(f"Held-out digits, noise of standard deviation {sigma:g} of 16 grey levels")
 for axes_row, (name, images) in zip(grid, pictures[sigma].items(), strict=True):
     for axes, image in zip(axes_row, images, strict=False):
         axes.imshow(image.reshape(8, 8), cmap="gray", vmin=0, vmax=16)
         axes.set(xticks=[], yticks=[])
     axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-figure.suptitle(f"Held-out digits, noise of standard deviation {sigma:g} of 16 grey levels")
 
 # %%
 # All levels of noise. Neighbours hardly gain from a better measurement, since they use it only to

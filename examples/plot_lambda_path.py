@@ -67,9 +67,8 @@ print(f"best PSNR:             lambda {lams[by_truth]:.3g}, {psnr[by_truth]:.2f}
 # blue the discrepancy principle.)
 
 shown = [0, 1, 3, 5, 6]
-figure, grid = plt.subplots(
-    len(shown), len(lams) + 2, figsize=(11, 4.4), layout="constrained", squeeze=False
-)
+figure, grid = plt.subplots(len(shown), len(lams) + 2, figsize=(11, 4.4), layout="constrained")
+figure.suptitle("Reconstructions along lambda")
 for axes_row, row in zip(grid, shown, strict=True):
     images = [Y[row], *X_path[:, row], X[row]]
     for axes, image in zip(axes_row, images, strict=True):
@@ -83,7 +82,6 @@ for k, color in ((by_discrepancy, "#2f7fb8"), (by_truth, "#d1603d")):
         axes.spines[:].set(color=color, linewidth=3)
 grid[0, by_discrepancy + 1].title.set(color="#2f7fb8", weight="bold")
 grid[0, by_truth + 1].title.set(color="#d1603d", weight="bold")
-figure.suptitle("Reconstructions along lambda")
 
 # %%
 # PSNR has its maximum where the noise that stays and the detail that goes are in balance. The
