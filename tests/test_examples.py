@@ -46,6 +46,9 @@ def lambda_path(names):
     assert 0 < best < names["by_discrepancy"] < len(psnr) - 1
     assert psnr[best] - max(psnr[0], psnr[-1]) > 1
     assert np.diff(names["log_prob"]).min() > -1
+    # The caution at the end: the single solve at the largest lambda, which is the last one made.
+    assert names["result"].objective.mean() < 0.95 * names["path"][-1].objective.mean()
+    assert names["psnr_score"](names["X"], names["result"].x, data_range=16) < psnr[-1] - 3
 
 
 def grid_search(names):
