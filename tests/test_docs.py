@@ -108,7 +108,7 @@ def test_page(page, tmp_path, monkeypatch, capsys, request):
     request.getfixturevalue("cluster")
     printed = run_page(page, capsys, __name__="__main__")
     assert "the same as in this process: True" in printed
-    assert "Reconstruction of 32 samples" in printed.splitlines()[-1]
+    assert "Reconstruction of 16 samples" in printed.splitlines()[-1]
 
 
 def test_outputs_are_compared():
