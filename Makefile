@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS)
 
 # There while the packages that build the documentation are installed, as pyproject.toml has them.
 DOCS_STAMP := $(VENV)/.docs-installed
-SPHINX_OPTIONS ?=
+EXAMPLES ?= 1
 
 # The oldest scikit-learn that pyproject.toml allows, with numpy and scipy of its time, and the
 # newest of the three. All else, torch first of all, is as in constraints.txt.
@@ -66,9 +66,9 @@ test-matrix: $(STAMP)
 	done; \
 	[ -z "$$failed" ] || { echo "The tests failed with:$$failed" >&2; exit 1; }
 
-# Warnings are errors. SPHINX_OPTIONS='-D plot_gallery=0' leaves out the examples, which take longest.
+# Warnings are errors. EXAMPLES=0 leaves out the examples, which take longest.
 docs: $(DOCS_STAMP)
-	$(BIN)/python -m sphinx -b html -W --keep-going $(SPHINX_OPTIONS) docs docs/_build/html
+	EXAMPLES=$(EXAMPLES) $(BIN)/python -m sphinx -b html -W --keep-going docs docs/_build/html
 	@echo "The documentation is in docs/_build/html/index.html"
 
 lint: $(STAMP)

@@ -1,6 +1,7 @@
 """How Sphinx builds these pages: ``make docs``. Nothing here needs a network."""
 
 import os
+import re
 
 # The examples are small; threads that wait for each other would make them slower. Before torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,7 +41,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"[\\/]plot_",
     "backreferences_dir": "gen_modules/backreferences",
     "doc_module": ("skaipo",),
-    "plot_gallery": True,
+    "plot_gallery": os.environ.get("EXAMPLES") != "0",
     "download_all_examples": False,
     "show_memory": False,
     "show_signature": False,
@@ -72,6 +73,12 @@ def _skip_inherited(app, what, name, obj, skip, options):
     return True if _origin(obj).startswith(("sklearn.", "torch.")) else None
 
 
+def _escape_stars(app, what, name, obj, options, lines):
+    """Shapes such as (n, *event_shape) are no emphasis."""
+    lines[:] = [re.sub(r"(, )\*(\w+\))(?!`)", r"\1\\*\2", line) for line in lines]
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _escape_stars, priority=400)  # before numpydoc
     app.connect("autodoc-skip-member", _skip_inherited)

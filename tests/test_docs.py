@@ -9,6 +9,7 @@ import textwrap
 import warnings
 from pathlib import Path
 
+import joblib
 import pytest
 
 import skaipo
@@ -58,7 +59,8 @@ def same_output(printed, shown):
 def run_page(name, capsys, **namespace):
     """Run all Python blocks, in order, in one namespace, as a reader would paste them."""
     text, printed = (ROOT / name).read_text(), ""
-    with warnings.catch_warnings():
+    # Threads where a page asks for processes: those import torch, which takes longer than the rest.
+    with warnings.catch_warnings(), joblib.parallel_config(backend="threading"):
         warnings.simplefilter("ignore")
         for block in BLOCK.finditer(text):
             # Lines as in the page, so that a traceback points there.
