@@ -24,6 +24,7 @@ exclude_patterns = ["_build", "auto_examples/*.ipynb", "auto_examples/*.py"]
 templates_path = ["_templates"]
 suppress_warnings = ["config.cache"]  # sphinx-gallery's own settings hold functions
 
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
 # The public names are those of each module's __all__, wherever they are defined.
@@ -73,12 +74,14 @@ def _skip_inherited(app, what, name, obj, skip, options):
     return True if _origin(obj).startswith(("sklearn.", "torch.")) else None
 
 
-def _escape_stars(app, what, name, obj, options, lines):
-    """Shapes such as (n, *event_shape) are no emphasis."""
+def _mend(app, what, name, obj, options, lines):
+    """Shapes such as (n, *event_shape) are no emphasis, and constants have no docstring."""
+    if what == "data":
+        lines.clear()
     lines[:] = [re.sub(r"(, )\*(\w+\))(?!`)", r"\1\\*\2", line) for line in lines]
 
 
 def setup(app):
     """Called by Sphinx."""
-    app.connect("autodoc-process-docstring", _escape_stars, priority=400)  # before numpydoc
+    app.connect("autodoc-process-docstring", _mend, priority=400)  # before numpydoc
     app.connect("autodoc-skip-member", _skip_inherited)
