@@ -24,11 +24,12 @@ NEWEST := scikit-learn numpy scipy
 MATRIX_TESTS := $(wildcard tests/test_sklearn.py tests/test_contract.py tests/test_model_selection.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix docs lint format clean distclean
+.PHONY: help install demo test test-reference test-matrix docs lint format clean distclean
 
 help:
 	@echo "make demo         run the demo"
 	@echo "make test         run the tests; PYTEST_ARGS='-k flows' passes arguments to pytest"
+	@echo "make test-reference  run them with the plain layers in place of the kernels"
 	@echo "make test-matrix  run the tests of the scikit-learn contract with its oldest and newest version"
 	@echo "make docs         build the documentation into docs/_build/html"
 	@echo "make lint         check style and formatting"
@@ -44,6 +45,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-reference: $(STAMP)
+	SKAIPO_KERNELS=reference $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Both versions are tried, also when the first fails.
 test-matrix: $(STAMP)

@@ -35,6 +35,12 @@ FLOWS = {
 MEMORY = ["store", "recompute"]
 
 
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    """The kernels are what is tested here, also where all else runs without them."""
+    monkeypatch.delenv("SKAIPO_KERNELS", raising=False)
+
+
 def points(flow, n=5, seed=0):
     """Images and latents; the images are the flow's own."""
     generator = torch.Generator().manual_seed(seed)
@@ -356,8 +362,7 @@ def test_a_chunk_that_does_not_fit_is_halved(monkeypatch):
 # ----------------------------------------------------------------------------- which evaluator
 
 
-def test_a_flow_keeps_its_evaluator_until_it_changes(monkeypatch):
-    monkeypatch.delenv("SKAIPO_KERNELS", raising=False)
+def test_a_flow_keeps_its_evaluator_until_it_changes():
     flow = FLOWS["glow of images"]()
     x, _ = points(flow)
     evaluator = flow.compile_for_inference()
@@ -392,8 +397,7 @@ class OtherLayer(nn.Module):
         return 0.5 * y, -y.new_tensor(float(np.log(2.0) * y[0].numel()))
 
 
-def test_what_the_kernels_do_not_know_is_left_to_autograd(monkeypatch):
-    monkeypatch.delenv("SKAIPO_KERNELS", raising=False)
+def test_what_the_kernels_do_not_know_is_left_to_autograd():
     subclass = random_flow(Shifted, (1, 4, 4))
     foreign = random_flow(Glow, (1, 4, 4))
     foreign.levels[0].append(OtherLayer())
