@@ -107,6 +107,7 @@ def test_arithmetic_of_the_table(paper, report):
     # Gaps of -2, 1 and -2; AIPO lower in one pair of six, a tie is no win.
     assert zero["gap"] == pytest.approx(-1)
     assert zero["win"] == pytest.approx(1 / 6)
+    assert zero["gap_median"] == pytest.approx(-2)
     # What failed is lost to AIPO, counted, and left out of the means.
     assert rows["Adam, random"]["failed"] == 1
     assert rows["Adam, random"]["win"] == 1
