@@ -22,7 +22,7 @@ NAMES = {
 SPLITS = {"test": "in distribution", "ood": "out of distribution"}
 FLOWS = {"glow": "Glow", "realnvp": "RealNVP"}
 # A run: what one command did.
-RUN = ("data", "evals", "seeds", "profile", "device", "tuned", "validation")
+RUN = ("data", "evals", "seeds", "profile", "device", "tuned", "validation", "rates")
 
 
 def number(row, name):
@@ -187,7 +187,7 @@ def command(rows):
         f"python benchmarks/paper.py --profile {first['profile']} --data {first['data']} "
         f"--flows {several('flow')} --tasks {several('task')} --lams {several('lam')} "
         f"--splits {several('split')} --images {images} --seeds {first['seeds']} "
-        f"--evals {first['evals']} --validation {first['validation']}"
+        f"--evals {first['evals']} --validation {first['validation']} --rates {first['rates']}"
     )
 
 
@@ -258,7 +258,8 @@ def render(rows):
     parts += [
         "### Learning rates",
         "In standard deviations of the data, by the lowest mean objective on "
-        f"{first['validation']} validation images"
+        f"{first['validation']} validation images, among {first['rates'].replace(' ', ', ')} and "
+        "beyond where the best is at an end"
         + (
             ":"
             if first["tuned"] == "each"
