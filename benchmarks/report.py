@@ -283,8 +283,11 @@ can be compared.
     python benchmarks/paper.py --profile full       # all of it, for a GPU
     python benchmarks/report.py                     # this page
 
-Faces need the images and `benchmarks/train_faces_prior.py` (25 minutes a flow); without them
-`make paper-small` runs on scikit-learn's digits with the prior that ships with skaipo.
+Faces need the images and `benchmarks/train_faces_prior.py` (25 minutes a flow, once; not counted
+below); without them `make paper-small` runs on scikit-learn's digits with the prior that ships with
+skaipo. On one core of our machine it took 13 processor minutes on faces, at a tenth of the paper's
+evaluations, learning rates included, and takes about 11 on digits, at all of them; two cores should
+need half of that.
 
 What is compared:
 
