@@ -26,7 +26,7 @@ def tiny(tmp_path, *more):
     """A command line that takes a second: five digits, two tasks."""
     words = (
         "--data digits --tasks denoising inpainting --lams 1 --images 5 --evals 12 --chunk 3 "
-        "--validation 2 --n-jobs 1 --store"
+        "--validation 2 --rates 0.05 0.2 --n-jobs 1 --store"
     )
     return [*words.split(), str(tmp_path / "cells"), "--out", str(tmp_path / "paper.csv"), *more]
 
