@@ -3,6 +3,7 @@
 
 PYTHON ?=
 PYTEST_ARGS ?=
+PAPER_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,10 +25,11 @@ NEWEST := scikit-learn numpy scipy
 MATRIX_TESTS := $(wildcard tests/test_sklearn.py tests/test_contract.py tests/test_model_selection.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-reference test-matrix docs lint format clean distclean
+.PHONY: help install demo paper-small test test-reference test-matrix docs lint format clean distclean
 
 help:
 	@echo "make demo         run the demo"
+	@echo "make paper-small  rerun the paper's experiments in small; PAPER_ARGS='--images 40' changes them"
 	@echo "make test         run the tests; PYTEST_ARGS='-k flows' passes arguments to pytest"
 	@echo "make test-reference  run them with the plain layers in place of the kernels"
 	@echo "make test-matrix  run the tests of the scikit-learn contract with its oldest and newest version"
@@ -42,6 +44,10 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m skaipo demo
+
+# No prior is trained: it takes that of the faces if there is one, else the digits' that ships.
+paper-small: $(STAMP)
+	$(BIN)/python benchmarks/paper.py --profile small $(PAPER_ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
