@@ -12,6 +12,10 @@ UNFINISHED := $(VENV)/.unfinished
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-input
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS)
 
+# There while the packages that build the documentation are installed, as pyproject.toml has them.
+DOCS_STAMP := $(VENV)/.docs-installed
+EXAMPLES ?= 1
+
 # The oldest scikit-learn that pyproject.toml allows, with numpy and scipy of its time, and the
 # newest of the three. All else, torch first of all, is as in constraints.txt.
 MATRIX := .venv-matrix
@@ -20,12 +24,14 @@ NEWEST := scikit-learn numpy scipy
 MATRIX_TESTS := $(wildcard tests/test_sklearn.py tests/test_contract.py tests/test_model_selection.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix lint format clean distclean
+.PHONY: help install demo test test-reference test-matrix docs lint format clean distclean
 
 help:
 	@echo "make demo         run the demo"
 	@echo "make test         run the tests; PYTEST_ARGS='-k flows' passes arguments to pytest"
+	@echo "make test-reference  run them with the plain layers in place of the kernels"
 	@echo "make test-matrix  run the tests of the scikit-learn contract with its oldest and newest version"
+	@echo "make docs         build the documentation into docs/_build/html"
 	@echo "make lint         check style and formatting"
 	@echo "make format       fix what can be fixed of both"
 	@echo "make install      only make the virtual environment, $(VENV)"
@@ -39,6 +45,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-reference: $(STAMP)
+	SKAIPO_KERNELS=reference $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Both versions are tried, also when the first fails.
 test-matrix: $(STAMP)
@@ -60,6 +69,11 @@ test-matrix: $(STAMP)
 	    "$$python" -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS) || failed="$$failed $$name"; \
 	done; \
 	[ -z "$$failed" ] || { echo "The tests failed with:$$failed" >&2; exit 1; }
+
+# Warnings are errors. EXAMPLES=0 leaves out the examples, which take longest.
+docs: $(DOCS_STAMP)
+	EXAMPLES=$(EXAMPLES) $(BIN)/python -m sphinx -b html -W --keep-going docs docs/_build/html
+	@echo "The documentation is in docs/_build/html/index.html"
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
@@ -102,8 +116,14 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -f $(UNFINISHED); \
 	touch $@
 
+$(DOCS_STAMP): $(STAMP)
+	@echo "Installing what builds the documentation into $(VENV) (once)"
+	@$(PIP_INSTALL) -c constraints.txt -e '.[docs]'
+	@touch $@
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf docs/_build docs/auto_examples docs/generated docs/gen_modules docs/sg_execution_times.rst
 	find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from skaipo._fingerprint import fingerprint
+from skaipo.flows._frozen import kernels
 from skaipo.operators._base import describe
 
 __all__ = ["Checkpoint", "describe_run"]
@@ -75,6 +76,8 @@ def describe_run(problem, y, start, batch_size):
             if f.name != "surrogate"
         },
         start=_part("start", start),
+        # Their results differ in the last bits.
+        kernels=kernels(),
         batch_size=int(batch_size),
         dtype=str(y.dtype),
         device=device,

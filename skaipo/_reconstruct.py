@@ -166,7 +166,7 @@ def solve_chunk(problem, y, starts):
     """
     try:
         return _solve_rows(problem, y, starts)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
         if len(y) == 1:
@@ -175,7 +175,7 @@ def solve_chunk(problem, y, starts):
                 f"{problem.prior.flow_.loc.device}: {error}"
             ) from error
     finally:
-        problem.prior.flow_.compile_for_inference().release()
+        problem.prior.flow_.release_workspaces()
     # Out here the failed attempt's tensors are gone. Rows do not depend on each other: two halves
     # give what the whole would have.
     if y.is_cuda:
@@ -194,8 +194,9 @@ def solve_chunk(problem, y, starts):
 
 
 def _out_of_memory(error):
-    # On the CPU torch raises a plain RuntimeError.
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # torch raises a plain RuntimeError on the CPU, and where CUDA or cuBLAS says so.
+    told = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in told)
 
 
 def _concatenated(first, second):

@@ -35,6 +35,12 @@ FLOWS = {
 MEMORY = ["store", "recompute"]
 
 
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    """The kernels are what is tested here, also where all else runs without them."""
+    monkeypatch.delenv("SKAIPO_KERNELS", raising=False)
+
+
 def points(flow, n=5, seed=0):
     """Images and latents; the images are the flow's own."""
     generator = torch.Generator().manual_seed(seed)
@@ -135,17 +141,46 @@ def odd_network(in_channels, out_channels):
     )
 
 
+class Doubled(nn.Sequential):
+    """Its children do not tell what it does."""
+
+    def forward(self, x):
+        return 0.5 * super().forward(x) + 0.3
+
+
+def hooked(i, o):
+    net = nn.Sequential(nn.Conv2d(i, o, 3, padding=1))
+    net[0].register_forward_hook(lambda module, inputs, output: output + 0.5)
+    return net
+
+
+class Constant(nn.Module):
+    """Does not depend on its input at all."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.values = nn.Parameter(torch.linspace(-1, 1, o)[:, None, None])
+
+    def forward(self, x):
+        return self.values.expand(len(x), -1, *x.shape[2:])
+
+
 @pytest.mark.parametrize(
     "network",
     [
         odd_network,
+        lambda i, o: Doubled(nn.Conv2d(i, o, 3, padding=1)),
+        hooked,
+        Constant,
+        lambda i, o: nn.Sequential(Constant(i, o), nn.Identity()),
         lambda i, o: nn.Conv2d(i, o, 3, padding=1),
         lambda i, o: nn.Sequential(nn.Conv2d(i, 4, 3, padding=1, padding_mode="circular"),
                                    nn.ReLU(), nn.Conv2d(4, o, 1)),
         lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=2, dilation=2)),
         lambda i, o: nn.Sequential(nn.Conv2d(i, 4, 1), nn.LeakyReLU(), nn.Conv2d(4, o, 1)),
     ],
-    ids=["odd", "single layer", "circular", "dilated", "leaky"],
+    ids=["odd", "own forward", "hook", "constant", "constant inside", "single layer", "circular",
+         "dilated", "leaky"],
 )  # fmt: skip
 @pytest.mark.parametrize("architecture", [RealNVP, Glow])
 def test_any_network_may_condition(architecture, network):
@@ -240,6 +275,59 @@ def test_threads_can_share_an_evaluator():
         assert_same(result, [t[rows] for t in expected], 1e-10)
 
 
+@pytest.mark.parametrize("name", ["glow of images", "networks without kinks"])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_pass_back_is_for_once_and_for_its_own_rows(name, memory):
+    flow = FLOWS[name]()
+    x, z = points(flow, 4)
+    evaluator = FrozenEvaluator(flow, memory)
+    value, _, pull = evaluator.linearize(x)
+    for wrong in (z[:1], z[:3], torch.cat((z, z)), z[:, 1:]):
+        with pytest.raises(ValueError, match="must have the shape of the value"):
+            pull((wrong, 0.0))
+    (gradient,) = pull((z, 0.0))
+    if memory == "store":
+        with pytest.raises(RuntimeError, match="linearize again"):
+            pull((z, 0.0))
+    # No workspace is there twice.
+    spaces = [space for idle in evaluator._idle.values() for space in idle]
+    assert len({id(space) for space in spaces}) == len(spaces)
+    # The points may change in between.
+    moved = x.clone()
+    _, _, pull = evaluator.linearize(moved)
+    moved.add_(1.0)
+    assert_same(pull((z, 0.0)), [gradient], 1e-10)
+
+
+def test_inference_mode_leaves_nothing_behind():
+    flow = FLOWS["glow of images"]()
+    prior = FlowPrior(flow=flow)
+    X = prior.sample(5, random_state=0)
+    expected = prior.score_samples(X)
+    flow.release_workspaces()
+    with torch.inference_mode():
+        np.testing.assert_array_equal(prior.score_samples(X), expected)
+    np.testing.assert_array_equal(prior.score_samples(X), expected)
+    with torch.inference_mode():
+        made_there = FlowPrior(flow=FLOWS["glow of images"]())
+        made_there.score_samples(X)
+    assert_same(
+        made_there.flow_.compile_for_inference().linearize(torch.as_tensor(X))[:1],
+        flow.compile_for_inference().linearize(torch.as_tensor(X))[:1],
+        1e-10,
+    )
+
+
+def test_foreign_networks_keep_no_graph_that_nobody_needs():
+    flow = FLOWS["networks without kinks"]()
+    x, z = points(flow, 4)
+    evaluator = FrozenEvaluator(flow, "recompute")
+    evaluator.forward(x)
+    assert not any(space.graphs for spaces in evaluator._idle.values() for space in spaces)
+    # What they keep counts for the budget: far more than one number for each of their inputs.
+    assert evaluator._bytes_per_row > 8 * 8 * flow.n_features
+
+
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("name", FLOWS)
 def test_arguments_are_not_written_to(name, memory):
@@ -287,7 +375,8 @@ def test_without_stored_activations_memory_does_not_grow_with_depth():
 
 def test_a_budget_decides_between_storing_and_computing_again():
     flow = FLOWS["glow of images"]()
-    per_row = FrozenEvaluator(flow)._bytes_per_row
+    evaluator = FrozenEvaluator(flow)
+    per_row = evaluator._bytes_per_row + evaluator._scratch_per_row
     x, z = points(flow, 8)
     for rows, stores in ((4, True), (5, False)):
         evaluator = FrozenEvaluator(flow, 4 * per_row)
@@ -356,8 +445,7 @@ def test_a_chunk_that_does_not_fit_is_halved(monkeypatch):
 # ----------------------------------------------------------------------------- which evaluator
 
 
-def test_a_flow_keeps_its_evaluator_until_it_changes(monkeypatch):
-    monkeypatch.delenv("SKAIPO_KERNELS", raising=False)
+def test_a_flow_keeps_its_evaluator_until_it_changes():
     flow = FLOWS["glow of images"]()
     x, _ = points(flow)
     evaluator = flow.compile_for_inference()
@@ -366,9 +454,15 @@ def test_a_flow_keeps_its_evaluator_until_it_changes(monkeypatch):
     for copied in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
         assert copied.compile_for_inference() is not evaluator
         assert_same(copied.compile_for_inference().forward(x), evaluator.forward(x), 0.0)
-    with torch.no_grad():
-        flow.levels[0][1].bias += 0.5
-    assert flow.compile_for_inference() is not evaluator
+    for change in (
+        lambda bias: bias.add_(0.5),
+        lambda bias: bias.data.add_(0.5),
+        lambda bias: np.add(bias.numpy(), 0.5, out=bias.numpy()),
+    ):
+        before = flow.compile_for_inference()
+        with torch.no_grad():
+            change(flow.levels[0][1].bias)
+        assert flow.compile_for_inference() is not before
     assert_same(flow.compile_for_inference().forward(x), ReferenceEvaluator(flow).forward(x), 1e-10)
     assert flow.float().compile_for_inference().forward(x.float())[0].dtype == torch.float32
 
@@ -392,8 +486,7 @@ class OtherLayer(nn.Module):
         return 0.5 * y, -y.new_tensor(float(np.log(2.0) * y[0].numel()))
 
 
-def test_what_the_kernels_do_not_know_is_left_to_autograd(monkeypatch):
-    monkeypatch.delenv("SKAIPO_KERNELS", raising=False)
+def test_what_the_kernels_do_not_know_is_left_to_autograd():
     subclass = random_flow(Shifted, (1, 4, 4))
     foreign = random_flow(Glow, (1, 4, 4))
     foreign.levels[0].append(OtherLayer())
@@ -451,13 +544,27 @@ def test_the_gpu_gives_what_the_cpu_does(name, memory):
     x, z = points(flow, 33)
     expected = evaluated(FrozenEvaluator(flow, memory), x, False, [(z, -1.0), (None, 1.0)])
     evaluator = FrozenEvaluator(flow.cuda(), memory)
-    for n in (33, 1, 33, 17, 33):  # eager, then captured, then replayed
-        found = evaluated(evaluator, x[:n].cuda(), False, [(z[:n].cuda(), -1.0), (None, 1.0)])
-        assert_same([t.cpu() for t in found], [t[:n] for t in expected], 1e-4)
+    spaces = evaluator._idle[memory == "store"]
+    # Planned, run, captured and replayed; with other rows every time.
+    for n in (33, 1, 33, 17, 33, 33, 33, 33):
+        rows = torch.randperm(33)[:n]
+        found = evaluated(evaluator, x[rows].cuda(), False, [(z[rows].cuda(), -1.0), (None, 1.0)])
+        assert_same([t.cpu() for t in found], [t[rows] for t in expected], 1e-4)
+    programs = [
+        program
+        for space in spaces
+        for size in space._programs.values()
+        for program in size.values()
+    ]
+    steps = [part for program in programs for part in program if hasattr(part, "_graph")]
+    if name != "networks without kinks":
+        assert any(part._graph is not None for part in steps)
 
 
 def test_out_of_memory_is_told_from_other_errors():
     told = skaipo._reconstruct._out_of_memory
     assert told(torch.cuda.OutOfMemoryError("CUDA out of memory."))
+    assert told(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))
+    assert told(MemoryError())
     assert told(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
     assert not told(RuntimeError("expected scalar type Float but found Double"))

@@ -1,12 +1,13 @@
 """The flow interface and the multi-scale architecture that the package's flows share."""
 
-import copy
 import math
+import zlib
 from itertools import pairwise
 
 import torch
 from torch import nn
 
+from skaipo._validation import to_numpy
 from skaipo.flows._frozen import (
     FrozenEvaluator,
     ReferenceEvaluator,
@@ -129,31 +130,35 @@ class Flow(nn.Module):
         Returns
         -------
         evaluator : FrozenEvaluator or ReferenceEvaluator
-            The same one until a parameter is changed.
+            The same one until a parameter or ``memory`` is changed. (Layers that are replaced are
+            not noticed: what is evaluated is a frozen flow.)
         """
-        tensors = [*self.parameters(), *self.buffers()]
-        key = (
-            kernels(),
-            memory,
-            self.training,
-            *((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors),
-        )
+        # The contents themselves: a version counter does not see what is written through ``.data``
+        # or a view by numpy.
+        digest = 0
+        for tensor in (*self.parameters(), *self.buffers()):
+            raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            digest = zlib.crc32(to_numpy(raw), digest)
+        key = kernels(), memory, self.training, self.loc.dtype, self.loc.device, digest
         known = self.__dict__.get("_evaluator")
         if known is None or known[0] != key:
-            known = self.__dict__["_evaluator"] = key, self._evaluator_for(memory)
+            # Tensors born in inference mode could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                known = self.__dict__["_evaluator"] = key, self._evaluator_for(memory)
         return known[1]
+
+    def release_workspaces(self):
+        """Let go of the memory that the evaluator keeps for its next call."""
+        known = self.__dict__.get("_evaluator")
+        if known is not None:
+            known[1].release()
 
     def _evaluator_for(self, memory):
         return ReferenceEvaluator(self)
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != "_evaluator"}
-
-    def __deepcopy__(self, memo):
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return copied
+        state = super().__getstate__()
+        return {key: value for key, value in state.items() if key != "_evaluator"}
 
     def data_scale(self):
         """Typical standard deviation of one entry of the data, by a few fixed samples.
@@ -227,7 +232,7 @@ class MultiscaleFlow(Flow):
             return super()._evaluator_for(memory)
         # A subclass may do anything of its own between the layers.
         whole = {"_normalize", "_generate", "_scan", "forward", "inverse_and_log_det"}
-        own = (type(self), *type(self).__mro__)
+        own = type(self).__mro__
         own = own[: own.index(MultiscaleFlow)]
         if any(whole & vars(cls).keys() for cls in own):
             return super()._evaluator_for(memory)

@@ -19,8 +19,10 @@ whichever way it was mapped: that is what lets a pass back along the inverse ser
 along stored activations.
 """
 
+import copy
 import math
 import os
+import threading
 import warnings
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -43,8 +45,8 @@ __all__ = ["FrozenEvaluator", "ReferenceEvaluator", "UnknownLayerError", "kernel
 
 KERNELS = ("fused", "reference")
 MEMORY = ("auto", "store", "recompute")
-# Activations that "auto" keeps at most, per process. Fixed: what is free just now differs from run
-# to run, and with it would the last bits of the results.
+# What "auto" lets one evaluation keep. Fixed: what is free just now differs from run to run, and
+# with it would the last bits of the results.
 _CPU_BYTES = 2**29
 # Size of a workspace whose activations are not kept.
 _CHUNK_BYTES = 3 * 2**24
@@ -168,7 +170,6 @@ class FrozenEvaluator:
                 f"memory must be 'auto', 'store', 'recompute' or a number of bytes, got {memory!r}."
             )
         self.memory = memory
-        self.n_features = flow.n_features
         self._event = _Layout(flow.event_shape)
         self._parts = [_Layout(shape) for shape in flow._latent_shapes()]
         self._loc, self._scale = float(flow.loc), float(flow.scale)
@@ -180,9 +181,8 @@ class FrozenEvaluator:
         self._bytes_per_row = self._item * sum(op.kept_per_row for op in self._operations)
         # How far an input may be from its own recomputation, in standard deviations.
         self._drift = 1e-4 if self._like.dtype == torch.float32 else 1e-9
-        # A product with a single row is another routine's, with another order of summation. From
-        # two rows or pixels on a row's results were the same bits in every batch, on the processors
-        # tried.
+        # A product with a single row is another routine's, with another order of summation.
+        # Otherwise a row's results were the same bits in every batch, on the processors tried.
         self._min_rows = 2 if math.prod(self._parts[-1].outside[1:]) < 4 else 1
         self._idle = {True: [], False: []}
 
@@ -225,16 +225,22 @@ class FrozenEvaluator:
         self._give_back(space)
 
     @cached_property
-    def _chunk(self):
-        """Rows for which a workspace that keeps nothing stays small and in the caches."""
+    def _scratch_per_row(self):
+        """Bytes of a workspace that keeps nothing."""
         # Planned on a device without memory, only to add up the sizes of the buffers.
         space = _Workspace(self._like.to("meta"), keeps=False)
         space.resize(8)
         self._plan_pull(space, False, 1, True)
-        bytes_per_row = sum(b.numel() for b in space._storage.values()) * self._item // 8
-        rows = max(8, _CHUNK_BYTES // bytes_per_row // 8 * 8)
-        # On a GPU there is room, and few large steps are faster than many small ones.
-        return 16 * rows if self._like.is_cuda else rows
+        numbers = sum(buffer.numel() for buffer in space._storage.values()) // 8
+        return self._item * max(numbers, *(op.kept_per_row for op in self._operations))
+
+    @cached_property
+    def _chunk(self):
+        """Rows for which a workspace that keeps nothing stays small and in the caches."""
+        rows = max(8, _CHUNK_BYTES // self._scratch_per_row // 8 * 8)
+        # On a GPU there is room, few large steps are faster than many small ones, and workspaces
+        # have a power of two of rows.
+        return 1 << (16 * rows).bit_length() - 1 if self._like.is_cuda else rows
 
     def _map_in_chunks(self, u, inverse):
         with self._borrowed() as space:
@@ -249,36 +255,54 @@ class FrozenEvaluator:
             budget = _CPU_BYTES
             if u.is_cuda:
                 budget = torch.cuda.get_device_properties(u.device).total_memory // 4
-        return len(u) * self._bytes_per_row <= budget
+        return len(u) * (self._bytes_per_row + self._scratch_per_row) <= budget
 
     def _linearize(self, u, inverse):
         u = u.detach()
         if not self._stores(u):
+            u = u.clone()  # it is needed again
             value, log_det = self._map_in_chunks(u, inverse)
             return value, log_det, partial(self._pull_along_inverse, u, value, inverse)
         # Chunks as well, but larger ones: each has a workspace of its own until its way back.
-        chunks = u.split(2 * self._chunk) if len(u) else [u]
+        chunks = u.split(2 * self._chunk)
         spaces = [self._borrow(True) for _ in chunks]
         pairs = zip(chunks, spaces, strict=True)
         maps = [self._map(chunk, inverse, space) for chunk, space in pairs]
         values, log_dets = zip(*maps, strict=True)
 
+        sizes = [len(value) for value in values]
+        value = torch.cat(values)
+
         def pull(*cotangents):
+            self._check(cotangents, value)
+            mine, spaces[:] = spaces[:], []
+            if not mine:
+                raise RuntimeError("pull was called before: linearize again.")
             gradients, start = [], 0
-            for space, value in zip(spaces, values, strict=True):
-                rows = slice(start, start := start + len(value))
+            for space, size in zip(mine, sizes, strict=True):
+                rows = slice(start, start := start + size)
                 chosen = [(None if v is None else v[rows], c) for v, c in cotangents]
-                gradients.append(self._pull(chosen, inverse, space, len(value)))
+                gradients.append(self._pull(chosen, inverse, space, size))
                 self._give_back(space)
             return [torch.cat(parts) for parts in zip(*gradients, strict=True)]
 
-        return torch.cat(values), torch.cat(log_dets), pull
+        return value, torch.cat(log_dets), pull
+
+    @staticmethod
+    def _check(cotangents, value):
+        for v, _ in cotangents:
+            if v is not None and v.shape != value.shape:
+                raise ValueError(
+                    f"A cotangent must have the shape of the value, {tuple(value.shape)}, got "
+                    f"{tuple(v.shape)}."
+                )
 
     def _pull_along_inverse(self, u, value, inverse, *cotangents):
         """Gradients without stored activations."""
+        self._check(cotangents, value)
         with self._borrowed() as space:
             parts = []
-            for start in range(0, max(len(u), 1), self._chunk):
+            for start in range(0, len(u), self._chunk):
                 rows = slice(start, start + self._chunk)
                 chosen = [(None if v is None else v[rows], c) for v, c in cotangents]
                 some = value[rows]
@@ -395,7 +419,7 @@ class FrozenEvaluator:
         pieces = u.reshape(n, -1).split([layout.size for layout in layouts], 1)
         for layout, piece, end in zip(layouts, pieces, ends, strict=True):
             end[:n] = layout.view_inside(piece)
-            if 0 < n < len(end):
+            if n < len(end):
                 end[n:] = end[n - 1]
             if not latent and gradient:
                 end.mul_(self._scale)
@@ -431,6 +455,9 @@ class _Layout:
         return h.movedim(-1, 1)
 
 
+_CAPTURING = threading.Lock()
+
+
 class _Steps(list):
     """The steps of a program. On a GPU they become one CUDA graph when they are first run again.
 
@@ -453,8 +480,7 @@ class _Steps(list):
             for step in self:
                 step()
             return
-        # TF32 would round every factor to 11 bits.
-        with torch.cuda.device(self.device), torch.backends.cudnn.flags(True, allow_tf32=False):
+        with torch.cuda.device(self.device):
             if self.capturable and self._ran and self._graph is None:
                 self._capture()
             if self._graph is not None:
@@ -468,7 +494,8 @@ class _Steps(list):
         try:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # One at a time: they share a stream; and other threads may allocate meanwhile.
+            with _CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 for step in self:
                     step()
             self._graph = graph
@@ -497,7 +524,7 @@ class _Workspace:
         Smaller batches are filled up.
     """
 
-    _MAX_SIZES = 8
+    _MAX_SIZES = 32
 
     def __init__(self, like, keeps, min_rows=1):
         self.like = like
@@ -512,24 +539,27 @@ class _Workspace:
         """Prepare for ``n`` rows, or a few more, and return ``n``."""
         self.n = max(n, self.min_rows)
         if self.like.is_cuda:  # few sizes, for few graphs
-            self.n = max(16, 1 << (n - 1).bit_length()) if n else 16
-        if self.n not in self._programs and len(self._programs) == self._MAX_SIZES:
-            self._programs.clear()
+            self.n = max(16, 1 << (n - 1).bit_length())
+        if self.n not in self._programs and len(self._programs) >= self._MAX_SIZES:
+            del self._programs[next(iter(self._programs))]
         return n
 
     def program(self, key, plan, *args):
         """``plan(self, *args)``, once per ``key`` and number of rows."""
-        programs = self._programs.setdefault(self.n, {})
-        if key not in programs:
-            programs[key] = plan(self, *args)
-        return programs[key]
+        known = self._programs.get(self.n, {}).get(key)
+        if known is None:
+            known = plan(self, *args)  # which may make the others void
+            self._programs.setdefault(self.n, {})[key] = known
+        return known
 
     def buffer(self, name, rows, *shape):
         """An array of shape ``(rows, *shape)``, zero at first; the same for the same name."""
         key = name, shape
         storage = self._storage.get(key)
         if storage is None or len(storage) < rows:
-            storage = self._storage[key] = self.like.new_zeros(rows, *shape)
+            # A tensor born in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                storage = self._storage[key] = self.like.new_zeros(rows, *shape)
             # Programs for fewer rows keep what they were planned with; let go of it.
             self._programs.clear()
         return storage[:rows]
@@ -677,23 +707,28 @@ class _Coupling(_Operation):
         first, second = layer.sizes
         groups = slice(0, first), slice(first, None)
         if getattr(layer, "swap", False):
-            groups, second = groups[::-1], first
+            groups, first, second = groups[::-1], second, first
         self.source, self.target = groups
         # A split is a coupling the other way round: what leaves is (x - t) exp(-s).
-        self._init(layer, shape, second, flip=isinstance(layer, Split))
+        self._init(layer, shape, first, second, flip=isinstance(layer, Split))
 
-    def _init(self, layer, shape, size, flip):
+    def _init(self, layer, shape, n_inputs, size, flip):
         self.bound = layer.bound
-        self.net = _network(layer.net, size, layer.bound)
+        like = next(iter([*layer.parameters(), *layer.buffers(), torch.zeros(())]))
+        self.net = _network(layer.net, size, layer.bound, like.new_zeros(1, n_inputs, *shape))
         self.size, self.flip = size, flip
         self.kept_per_row = math.prod(shape) * (self.net.kept_per_position + 3 * size)
 
     def _kept(self, space, shape):
-        return [space.kept(self, name, *shape, self.size) for name in ("x", "tanh", "factor")]
+        """What the derivative of the output by ``s`` is up to its sign, ``tanh``, and ``exp(s)``.
 
-    def _plan_outputs(self, h, space, steps):
+        The first is ``x exp(s)`` for ``y = x exp(s) + t``, and ``x`` for its inverse.
+        """
+        return [space.kept(self, name, *shape, self.size) for name in ("by s", "tanh", "factor")]
+
+    def _plan_outputs(self, h, space, steps, pulled):
         """A function that gives ``s / bound`` before its tanh, and ``t``, after the steps."""
-        return self.net.plan(h[..., self.source], space, steps)
+        return self.net.plan(h[..., self.source], space, steps, pulled)
 
     def _plan_sum(self, g, pair, sign, space, steps):
         """Add to the gradient what goes back through the network."""
@@ -703,8 +738,10 @@ class _Coupling(_Operation):
 
     def plan(self, h, parts, inverse, log_det, space, steps):
         divide = inverse != self.flip
-        outputs = self._plan_outputs(h, space, steps)
-        x, tanh, factor = self._kept(space, h.shape[1:-1])
+        # Without a sum to add to, this is the way back along the inverse.
+        pulled = space.keeps or log_det is None
+        outputs = self._plan_outputs(h, space, steps, pulled)
+        kept, tanh, factor = self._kept(space, h.shape[1:-1])
         target, bound = h[..., self.target], self.bound
         flat = tanh.view(len(tanh), -1)
 
@@ -712,12 +749,18 @@ class _Coupling(_Operation):
             raw, shift = outputs()
             torch.tanh(raw, out=tanh)
             torch.mul(tanh, bound, out=factor).exp_()
-            if divide:
-                torch.sub(target, shift, out=x).div_(factor)
-                target.copy_(x)
+            if divide and log_det is None:
+                torch.sub(target, shift, out=kept)
+                torch.div(kept, factor, out=target)
+            elif divide:
+                torch.sub(target, shift, out=kept).div_(factor)
+                target.copy_(kept)
+            elif log_det is None:
+                kept.copy_(target)
+                torch.addcmul(shift, kept, factor, out=target)
             else:
-                x.copy_(target)
-                torch.addcmul(shift, x, factor, out=target)
+                torch.mul(target, factor, out=kept)
+                torch.add(kept, shift, out=target)
             if log_det is not None:
                 torch.sum(flat, 1, out=log_det)
 
@@ -726,31 +769,32 @@ class _Coupling(_Operation):
 
     def plan_back(self, g, parts, inverse, weights, space, steps):
         divide = inverse != self.flip
-        x, tanh, factor = self._kept(space, g.shape[1:-1])
+        kept, tanh, factor = self._kept(space, g.shape[1:-1])
         # Each of the two in one piece: their channels are few, and rows of few numbers are slow.
         pair = space.buffer("d output", 2 * len(g), *g.shape[1:-1], self.size)
         d_raw, d_shift = pair.split(len(g))
-        d_x = space.buffer("d x", *g.shape[:-1], self.size)
         target = g[..., self.target]
         chunks = [
-            (target[rows], d_x[rows], d_raw[rows], weights[rows].view(-1, *(1,) * (x.ndim - 1)))
-            for rows in (slice(i, i + len(x)) for i in range(0, len(g), len(x)))
+            (target[rows], d_raw[rows], weights[rows].view(-1, *(1,) * (kept.ndim - 1)))
+            for rows in (slice(i, i + len(kept)) for i in range(0, len(g), len(kept)))
         ]
 
         def step():
-            for d_target, d_source, d_log, weight in chunks:
-                if divide:  # x = (y - t) exp(-s), log-determinant -s: d_raw and d_shift negated
-                    torch.div(d_target, factor, out=d_source)
-                    torch.addcmul(weight, d_target, x, out=d_log)
-                else:
-                    torch.mul(d_target, factor, out=d_source)
-                    torch.addcmul(weight, d_source, x, out=d_log)
+            if not divide:
+                d_shift.copy_(target)
+            for d_target, d_log, weight in chunks:
+                # For x = (y - t) exp(-s), log-determinant -s, both outputs' with the sign turned.
+                torch.addcmul(weight, d_target, kept, out=d_log)
                 torch.ops.aten.tanh_backward.grad_input(d_log, tanh, grad_input=d_log)
-            d_shift.copy_(d_x if divide else target)
-            target.copy_(d_x)
+                if divide:
+                    d_target.div_(factor)
+                else:
+                    d_target.mul_(factor)
+            if divide:
+                d_shift.copy_(target)
 
         steps.append(step)
-        self._plan_sum(g, pair.view(2, *d_x.shape), -1.0 if divide else 1.0, space, steps)
+        self._plan_sum(g, pair.view(2, *d_shift.shape), -1.0 if divide else 1.0, space, steps)
         return g
 
 
@@ -761,20 +805,23 @@ class _MaskedCoupling(_Coupling):
     ----------
     layer : MaskedCoupling
     shape : tuple of int
+        Height and width, or nothing for vectors.
+    channels : int
     """
 
     source = target = slice(None)
 
-    def __init__(self, layer, shape):
-        self.mask = layer.mask.detach().movedim(0, -1).contiguous()
+    def __init__(self, layer, shape, channels):
+        mask = layer.mask.detach().expand(channels, *shape)
+        self.mask = mask.movedim(0, -1).contiguous()
         self.rest = 1.0 - self.mask
-        self._init(layer, shape, self.mask.shape[-1], flip=False)
+        self._init(layer, shape, channels, channels, flip=False)
 
-    def _plan_outputs(self, h, space, steps):
+    def _plan_outputs(self, h, space, steps, pulled):
         mask, rest = self.mask, self.rest
         masked = space.buffer("masked", *h.shape)
         steps.append(lambda: torch.mul(h, mask, out=masked))
-        outputs = self.net.plan(masked, space, steps)
+        outputs = self.net.plan(masked, space, steps, pulled)
         return lambda: [output.mul_(rest) for output in outputs()]
 
     def _plan_sum(self, g, pair, sign, space, steps):
@@ -811,8 +858,11 @@ class _ReLUNet:
             for i, layer in enumerate(self.layers[:-1])
         ]
 
-    def plan(self, h, space, steps):
-        """Append the steps; return a function that gives both halves of the outputs after them."""
+    def plan(self, h, space, steps, pulled):
+        """Append the steps; return a function that gives both halves of the outputs after them.
+
+        ``pulled``: whether a pass back will follow.
+        """
         shape, gate = h.shape[1:-1], None
         last, halves = self.layers[-1].plan_halves(space, space.n, *shape)
         for layer, output in zip(self.layers, [*self._hidden(space, shape), last], strict=True):
@@ -840,25 +890,36 @@ class _AutogradNet:
     size : int
         How many outputs are raw log-scales.
     bound : float
+    event : torch.Tensor
+        One input, of zeros.
     """
 
-    kept_per_position = 0  # unknown
-
-    def __init__(self, net, size, bound):
-        self.net = net
+    def __init__(self, net, size, bound, event):
+        self.net = copy.deepcopy(net)
         self.size = size
         self.bound = bound
+        saved = []
 
-    def plan(self, h, space, steps):
+        def pack(tensor):
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            self.net(event.requires_grad_())
+        self.kept_per_position = sum(saved) // max(1, math.prod(event.shape[2:]))
+
+    def plan(self, h, space, steps, pulled):
         """See :meth:`_ReLUNet.plan`."""
         steps.capturable = False
+        graphs = space.graphs
 
         def outputs():
-            with torch.enable_grad():
-                # A copy: what comes in is overwritten before the pass back.
-                inputs = h.detach().clone().requires_grad_()
+            # A copy: what comes in is overwritten before the pass back.
+            inputs = h.detach().clone().requires_grad_(pulled)
+            with torch.set_grad_enabled(pulled):
                 output = self.net(inputs.movedim(-1, 1)).movedim(1, -1)
-            space.graphs[id(self)] = inputs, output
+            if pulled:
+                graphs[id(self)] = inputs, output
             output = output.detach().clone(memory_format=torch.contiguous_format)
             output[..., : self.size] /= self.bound
             return output.split(self.size, dim=-1)
@@ -868,13 +929,19 @@ class _AutogradNet:
     def plan_back(self, g, shape, space, steps):
         """See :meth:`_ReLUNet.plan_back`."""
         steps.capturable = False
+        graphs = space.graphs
 
         def gradients():
-            inputs, output = space.graphs.pop(id(self))
+            inputs, output = graphs.pop(id(self))
+            if not output.requires_grad:  # a constant
+                return g.new_zeros(shape)
             parts = g.flatten(-2).split(len(inputs))
+            options = dict(allow_unused=True, materialize_grads=True)
             return torch.cat(
                 [
-                    torch.autograd.grad(output, inputs, part, retain_graph=i + 1 < len(parts))[0]
+                    torch.autograd.grad(
+                        output, inputs, part, retain_graph=i + 1 < len(parts), **options
+                    )[0]
                     for i, part in enumerate(parts)
                 ]
             )
@@ -998,8 +1065,17 @@ class _Convolution:
         _plan_gate(h, gate, inputs, steps)
         image = inputs.flatten(3).permute(0, 3, 1, 2)
         padding = [k // 2 for k in self.kernel]
-        flat = output.permute(0, 3, 1, 2)
-        steps.append(lambda: flat.copy_(F.conv2d(image, self.weight, self.bias, padding=padding)))
+        flat = output.flatten(3).permute(0, 3, 1, 2)
+        weight, bias = self.weight, self.bias
+        if not (weight.is_cuda and torch.backends.cudnn.is_available()):
+            steps.append(lambda: flat.copy_(F.conv2d(image, weight, bias, padding=padding)))
+            return
+        # The last argument: without TF32, which would round every factor to 11 bits, and which
+        # cuDNN, unlike matrix products, takes by default.
+        options = padding, [1, 1], [1, 1], 1, False, False, False
+        steps.append(lambda: flat.copy_(torch.cudnn_convolution(image, weight, *options)))
+        if bias is not None:
+            steps.append(lambda: output.add_(bias))
 
     def _plan_windows(self, h, gate, output, space, steps):
         n, height, width, channels = *h.shape[:3], self.n_inputs
@@ -1074,7 +1150,7 @@ def _operations(flow):
             elif type(layer) is AffineCoupling:
                 yield _Coupling(layer, shape[1:])
             elif type(layer) is MaskedCoupling:
-                yield _MaskedCoupling(layer, shape[1:])
+                yield _MaskedCoupling(layer, shape[1:], shape[0])
             elif layer is not None:
                 raise UnknownLayerError(f"No kernel for a {type(layer).__name__}.")
         if level < len(flow.splits):
@@ -1086,18 +1162,22 @@ def _operations(flow):
             shape = (split.sizes[0], *shape[1:])
 
 
-def _network(net, size, bound):
+def _network(net, size, bound, event):
     """The network with its first ``size`` outputs divided by ``bound``; see :class:`_Coupling`.
 
     Dense layers and convolutions with ReLU between them, and anything else as it is.
     """
-    modules = list(net) if isinstance(net, nn.Sequential) else [net]
+    modules = list(net) if type(net) is nn.Sequential else [net]
     idle = (nn.Dropout, nn.Dropout2d, nn.Identity)  # in evaluation
-    modules = [module for module in modules if not isinstance(module, idle)]
-    layers = [_layer(module) for module in modules[::2]]
+    # What a hook or another forward does cannot be read from the modules.
+    plain = not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in net.modules()
+    )
+    modules = [module for module in modules if type(module) not in idle]
+    layers = [_layer(module, image=event.ndim == 4) for module in modules[::2]]
     between = all(type(module) is nn.ReLU for module in modules[1::2])
-    if None in layers or not between or len(modules) % 2 == 0:
-        return _AutogradNet(net, size, bound)
+    if not plain or None in layers or not between or len(modules) % 2 == 0:
+        return _AutogradNet(net, size, bound, event)
     # The transposes are those of the network itself: the derivative of bound * tanh(raw / bound)
     # is 1 - tanh^2, the bound cancels.
     back = [layer.transpose() for layer in reversed(layers)]
@@ -1106,12 +1186,13 @@ def _network(net, size, bound):
     return _ReLUNet([*layers[:-1], layers[-1].scaled(factors)], back)
 
 
-def _layer(module):
-    if type(module) not in (nn.Linear, nn.Conv2d):
+def _layer(module, image):
+    """The kernel of a layer, or None."""
+    if type(module) is not (nn.Conv2d if image else nn.Linear):
         return None
     weight = module.weight.detach().clone()
     bias = None if module.bias is None else module.bias.detach().clone()
-    if type(module) is nn.Linear:
+    if not image:
         return _Dense(weight.T, bias)
     kernel, padding = module.kernel_size, module.padding
     same = all(k % 2 == 1 for k in kernel) and padding in (tuple(k // 2 for k in kernel), "same")
