@@ -10,9 +10,10 @@ scikit-image; the Lasso in a DCT basis of scikit-learn for compressed sensing; t
 under a Gaussian with the training faces' mean and covariance; the procedure of GlowIP (Asim et al.,
 2020); deepinv's TV-regularised least squares where deepinv is installed; and skaipo as it comes.
 
-Every method's parameter is chosen on validation faces. What a method gave per image is kept in
-``benchmarks/results/peers/`` and not computed again; rows with means and paired bootstrap intervals
-go to ``benchmarks/results/peers.csv``. The faces are for research use only.
+Every method's parameter is chosen on validation faces, and its images are clipped to 0..255. What a
+method gave per image is kept in ``benchmarks/results/peers/`` and not computed again; rows with
+means and paired bootstrap intervals go to ``benchmarks/results/peers.csv``. The faces are for
+research use only.
 """
 
 import argparse
@@ -111,9 +112,8 @@ def biharmonic(setting, op, noise, y, weight):
     """Filled in, then denoised by total variation where the weight is not zero."""
     from skimage.restoration import denoise_tv_chambolle, inpaint_biharmonic
 
-    filled = []
+    filled, missing = [], ~op.bind(SHAPE).measured_.reshape(SHAPE).all(0)
     for image in channels_last(y) / 255:
-        missing = np.isnan(image).any(-1)
         image = inpaint_biharmonic(np.nan_to_num(image), missing, channel_axis=-1)
         if weight:
             image = denoise_tv_chambolle(image, weight=weight, channel_axis=-1)
@@ -191,7 +191,7 @@ PEERS = {
     "denoise .1": {**COMMON, **DENOISERS, **DEEPINV},
     "denoise .2": {**COMMON, **DENOISERS, **DEEPINV},
     "inpaint": {**COMMON, "biharmonic": (biharmonic, WEIGHTS), **DEEPINV},
-    "cs": {**COMMON, "Lasso, DCT": (lasso, (0.1, 0.3, 1.0, 3.0, 10.0)), **DEEPINV},
+    "cs": {**COMMON, "Lasso, DCT": (lasso, (0.01, 0.03, 0.1, 0.3, 1.0)), **DEEPINV},
 }
 
 
@@ -213,8 +213,8 @@ def solve(setting, split, n, name, method, parameter):
         warnings.simplefilter("ignore", ConvergenceWarning)
         result = method(setting, op, noise, y, parameter)
     seconds = (time.perf_counter() - start) / n
-    finite = np.where(np.isfinite(result), result, 0.0)
-    psnr = psnr_score(x, finite, data_range=255, per_image=True)
+    shown = np.clip(np.where(np.isfinite(result), result, 0.0), 0, 255)
+    psnr = psnr_score(x, shown, data_range=255, per_image=True)
     path.write_text(json.dumps(dict(psnr=psnr.tolist(), seconds=seconds)))
     print(
         f"{setting.task:11s}{split}{n} {name:16s} {parameter:<6g} {psnr.mean():6.2f} dB "
