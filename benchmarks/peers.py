@@ -265,7 +265,8 @@ def main():
                     psnr=round(float(cell["psnr"].mean()), 3),
                     sd=round(float(cell["psnr"].std()), 3),
                     skaipo_minus_it=round(gain[0], 3),
-                    low=round(gain[1], 3), high=round(gain[2], 3),
+                    skaipo_minus_it_low=round(gain[1], 3),
+                    skaipo_minus_it_high=round(gain[2], 3),
                     seconds_per_image=round(float(cell["seconds"]), 4),
                 )
             )  # fmt: skip
@@ -283,8 +284,12 @@ def main():
         writer.writeheader()
         writer.writerows({**row, **extra} for row in rows)
     for row in rows:
-        print("{task:11s}{method:16s}{psnr:7.2f} dB  {skaipo_minus_it:+.2f} "
-              "[{low:+.2f}, {high:+.2f}]  {seconds_per_image:.3f} s".format(**row))  # fmt: skip
+        low, high = row["skaipo_minus_it_low"], row["skaipo_minus_it_high"]
+        print(
+            f"{row['task']:11s}{row['method']:16s}{row['psnr']:7.2f} dB  "
+            f"{row['skaipo_minus_it']:+.2f} [{low:+.2f}, {high:+.2f}]  "
+            f"{row['seconds_per_image']:.3f} s"
+        )
     print(f"wrote {path}")
 
 
