@@ -359,7 +359,8 @@ def peers(rows):
             f"evaluations for skaipo and GlowIP, seed {first['seed']}; every method's parameter "
             f"was chosen on validation faces, all images are clipped. The Gaussian MAP has the "
             f"training faces' mean and Ledoit-Wolf covariance; total variation, wavelets and the "
-            f"biharmonic filling are scikit-image's, the Lasso scikit-learn's. deepinv was not installed.",
+            f"biharmonic filling are scikit-image's, the Lasso scikit-learn's. "
+            f"deepinv was not installed.",
             "    python benchmarks/peers.py",
             "skaipo's default has the highest mean PSNR of all in every task."
             if not losses
