@@ -180,11 +180,14 @@ def default(setting, op, noise, y, lam):
 
 
 WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-DENOISERS = {"TV (Chambolle)": (chambolle, WEIGHTS[1:]), "wavelets": (wavelet, (0.3, 0.5, 1.0))}
+DENOISERS = {
+    "TV (Chambolle)": (chambolle, WEIGHTS[1:]),
+    "wavelets": (wavelet, (0.3, 0.5, 1.0, 1.5, 2.0, 3.0)),
+}
 COMMON = {
     "skaipo": (default, LAMS),
-    "Gaussian MAP": (gaussian, (0.25, 0.5, 1.0, 2.0)),
-    "GlowIP": (glow_ip, (0.5, 1.0, 2.0)),
+    "Gaussian MAP": (gaussian, (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)),
+    "GlowIP": (glow_ip, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)),
 }
 DEEPINV = {"TV (deepinv)": (deepinv_tv, (0.01, 0.02, 0.05, 0.1, 0.2))}
 PEERS = {
