@@ -240,18 +240,22 @@ def report(args, rows, times, size, depth, batch, flop, peak):
 MEMORY_METHODS = ("normflows", "plain layers", "kernels", "kernels, recomputing")
 
 
+def prepared(method, size, depth, device):
+    """The method's function of a batch, for :func:`build`'s flow."""
+    flow = build(size, depth).requires_grad_(False)
+    if method == "normflows":
+        model = build_normflows(flow).requires_grad_(False).to(device)
+        return gradient_of(lambda x: model.log_prob(x, None))
+    flow = flow.to(device)
+    if method == "plain layers":
+        return gradient_of(flow.log_prob)
+    return density(FrozenEvaluator(flow, "store" if method == "kernels" else "recompute"))
+
+
 def evaluate_once(method, size, depth, batch):
     """Run in a process of its own: growth of the resident memory in MiB, and seconds."""
     torch.set_num_threads(int(os.environ["BENCHMARK_THREADS"]))
-    flow = build(size, depth)
-    model = build_normflows(flow).requires_grad_(False) if method == "normflows" else None
-    flow.requires_grad_(False)
-    run = {
-        "normflows": lambda: gradient_of(lambda x: model.log_prob(x, None)),
-        "plain layers": lambda: gradient_of(flow.log_prob),
-        "kernels": lambda: density(FrozenEvaluator(flow, "store")),
-        "kernels, recomputing": lambda: density(FrozenEvaluator(flow, "recompute")),
-    }[method]()
+    run = prepared(method, size, depth, "cpu")
     x = torch.randn(batch, 3, size, size)
     run(x[:1])  # code and tables that are loaded at the first call
     before = resident()
@@ -294,15 +298,7 @@ class PeakMeter:
 
 def cuda_once(method, size, depth, batch):
     """Peak of allocated memory beyond the weights in MiB, and seconds."""
-    flow = build(size, depth)
-    model = build_normflows(flow).requires_grad_(False).cuda() if method == "normflows" else None
-    flow = flow.requires_grad_(False).cuda()
-    run = {
-        "normflows": lambda: gradient_of(lambda x: model.log_prob(x, None)),
-        "plain layers": lambda: gradient_of(flow.log_prob),
-        "kernels": lambda: density(FrozenEvaluator(flow, "store")),
-        "kernels, recomputing": lambda: density(FrozenEvaluator(flow, "recompute")),
-    }[method]()
+    run = prepared(method, size, depth, "cuda")
     x = torch.randn(batch, 3, size, size, device="cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
