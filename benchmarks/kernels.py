@@ -427,7 +427,7 @@ def reconstruct(args, rows):
 
 
 def write(rows, args):
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """Replace the rows of the parts that were run; those of other parts stay."""
     extra = dict(
         threads=torch.get_num_threads(),
         machine=torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
@@ -437,10 +437,17 @@ def write(rows, args):
     )
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / ("kernels.csv" if args.device == "cpu" else f"kernels_{args.device}.csv")
+    fresh = {row["part"] for row in rows}
+    kept = []
+    if path.exists():
+        with open(path) as file:
+            kept = [row for row in csv.DictReader(file) if row["part"] not in fresh]
+    rows = sorted(kept + [{**row, **extra} for row in rows], key=lambda r: PARTS.index(r["part"]))
+    columns = [key for row in rows for key in row if key not in extra]
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *extra])
+        writer = csv.DictWriter(file, [*dict.fromkeys(columns), *extra])
         writer.writeheader()
-        writer.writerows({**row, **extra} for row in rows)
+        writer.writerows(rows)
     print(f"wrote {path}")
 
 
