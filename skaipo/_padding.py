@@ -2,7 +2,12 @@
 
 import torch
 
-__all__ = ["padded"]
+__all__ = ["padded", "padded_size"]
+
+
+def padded_size(n):
+    """The next multiple of 8 that is at least 16."""
+    return max(16, n + -n % 8)
 
 
 def padded(function, *arguments):
@@ -13,7 +18,7 @@ def padded(function, *arguments):
     sizes, to rounding. Below 16 rows torch has another convolution where it runs on one thread.)
     """
     n = len(arguments[0])
-    padding = max(16 - n, -n % 8)
+    padding = padded_size(n) - n
     if padding:
         arguments = [torch.cat((a, a[-1:].expand(padding, *a.shape[1:]))) for a in arguments]
     result = function(*arguments)

@@ -476,16 +476,9 @@ FLOWS = {
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.parametrize(
-    "space, penalty, schedule",
-    [
-        ("image", "density", "fixed"),
-        ("image", "latent", "linear"),
-        ("image", "density", "adaptive"),
-        ("latent", "density", "geometric"),
-        ("latent", "latent", "adaptive"),
-    ],
-)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_row_is_the_same_in_batches_of_1_7_and_64_and_beside_poison(

@@ -147,9 +147,11 @@ class FrozenEvaluator:
         self._bytes_per_row = self._item * sum(op.kept_per_row for op in self._operations)
         # How far an input may be from its own recomputation, in standard deviations.
         self._drift = 1e-4 if self._like.dtype == torch.float32 else 1e-9
-        # A product with a single row is another routine's, with another order of summation.
-        # Otherwise a row's results were the same bits in every batch, on the processors tried.
-        self._min_rows = 2 if math.prod(self._parts[-1].outside[1:]) < 4 else 1
+        # With four pixels and more on the coarsest level a row's results were the same bits in
+        # every batch, on the processors tried. Products of fewer rows are other routines', with
+        # other orders of summation; and where a gradient is zero but for rounding, Adam makes as
+        # large a step of it as of any other.
+        self._pads = math.prod(self._parts[-1].outside[1:]) < 4
         self._idle = {True: [], False: []}
 
     def forward(self, x):
@@ -179,7 +181,7 @@ class FrozenEvaluator:
         try:
             return self._idle[keeps].pop()
         except IndexError:
-            return Workspace(self._like, keeps, self._min_rows)
+            return Workspace(self._like, keeps, self._pads)
 
     def _give_back(self, space):
         self._idle[space.keeps].append(space)

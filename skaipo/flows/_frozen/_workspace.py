@@ -5,6 +5,8 @@ import warnings
 
 import torch
 
+from skaipo._padding import padded_size
+
 __all__ = ["Steps", "Workspace"]
 
 _CAPTURING = threading.Lock()
@@ -72,15 +74,15 @@ class Workspace:
         Of the dtype and on the device of the buffers.
     keeps : bool
         Whether every operation has buffers of its own for what it keeps, or all share the same.
-    min_rows : int
-        Smaller batches are filled up.
+    pads : bool
+        Whether batches are filled up to the sizes of :func:`~skaipo._padding.padded`.
     """
 
     _MAX_SIZES = 32
 
-    def __init__(self, like, keeps, min_rows=1):
+    def __init__(self, like, keeps, pads=False):
         self.like = like
-        self.min_rows = min_rows
+        self.pads = pads
         self.keeps = keeps
         self.n = 0
         self.graphs = {}  # of networks that autograd differentiates
@@ -89,7 +91,7 @@ class Workspace:
 
     def resize(self, n):
         """Prepare for ``n`` rows, or a few more, and return ``n``."""
-        self.n = max(n, self.min_rows)
+        self.n = padded_size(n) if self.pads else n
         if self.like.is_cuda:  # few sizes, for few graphs
             self.n = max(16, 1 << (n - 1).bit_length())
         if self.n not in self._programs and len(self._programs) >= self._MAX_SIZES:
