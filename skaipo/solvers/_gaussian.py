@@ -191,11 +191,12 @@ class GaussianMetric:
     """
 
     def __init__(self, surrogate, objective):
-        y = objective.y
+        # What the likelihood looks like to f(x), not what was measured: counts have other units.
+        y, weight = objective.noise.gaussian_fit(objective.y)
         self.op = objective.op
         self.surrogate = surrogate.to(y)
         self.y = y
-        weight = torch.where(objective.observed, _curvature(objective.noise, y), 0.0)
+        weight = torch.where(objective.observed, weight, 0.0)
         # Rows with the same weights share the small matrices.
         self.weight, self.group = torch.unique(weight, dim=0, return_inverse=True)
         self._zero = self.op.forward(torch.zeros_like(self.surrogate.mean)[None])
@@ -331,21 +332,3 @@ class GaussianMetric:
 def _inverse_root(curvature, least):
     """``curvature ** -0.5``; zero where it is not above the least that counts."""
     return torch.where(curvature > least, curvature.rsqrt(), 0.0)
-
-
-def _curvature(noise, y):
-    """Second derivative of the noise's nll with respect to ``f(x)`` where it equals ``y``."""
-    with torch.enable_grad():
-        prediction = y.detach().requires_grad_()
-        nll = noise.nll(prediction, y).sum()
-        (first,) = torch.autograd.grad(nll, prediction, create_graph=True)
-        second = torch.zeros_like(y)
-        if first.requires_grad:
-            (second,) = torch.autograd.grad(first.sum(), prediction)
-    usable = second.isfinite() & (second > 0)
-    largest = noise.max_curvature()
-    if not math.isfinite(largest):
-        # A kink has no curvature: that of the parabola with the nll of a unit residual.
-        units = torch.eye(y.shape[1]).to(y)
-        largest = 2 * noise.nll(units, torch.zeros_like(units))
-    return torch.where(usable, second, largest).detach()
