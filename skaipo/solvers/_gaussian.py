@@ -195,10 +195,11 @@ class GaussianMetric:
     """
 
     def __init__(self, surrogate, objective, at=None):
-        y = objective.y
+        # What the likelihood looks like to f(x), not what was measured: counts have other units.
+        y, weight = objective.noise.gaussian_fit(objective.y)
         self.surrogate = surrogate.to(y)
         self.y = y
-        weight = torch.where(objective.observed, _curvature(objective.noise, y), 0.0)
+        weight = torch.where(objective.observed, weight, 0.0)
         basis, spread = self.surrogate.basis, self.surrogate.variances.sqrt()
         # Fixed random signs, for Hutchinson's estimator of a diagonal.
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (16, basis.shape[0]))
@@ -216,18 +217,15 @@ class GaussianMetric:
             self._at = self.surrogate.mean.expand(len(y), -1) if at is None else at.detach()
             self.weight, self.group = weight, torch.arange(len(y), device=y.device)
 
-            def images(v):
-                """``A v`` for each v (k, d) and row: (n, k, m)."""
-                return padded(
-                    lambda group: torch.stack(
-                        [self._map(group).linear(one.expand(len(group), -1)) for one in v], 1
-                    ),
-                    self.group,
-                )
+            def images(group):
+                """What each row makes of the components and of the signs: (n, k + 16, m)."""
+                affine = self._map(group)
+                v = torch.cat((basis.T, signs))
+                return torch.stack([affine.linear(one.expand(len(group), -1)) for one in v], 1)
 
-            columns = images(basis.T)
+            columns, size = padded(images, self.group).split((basis.shape[1], len(signs)), 1)
             small = torch.bmm(columns * weight[:, None], columns.mT)
-            size = images(signs).square().mean(1)
+            size = size.square().mean(1)
         curvature, rotation = torch.linalg.eigh((spread[:, None] * small * spread).double())
         self.curvature = curvature.clamp_min(0).to(y)
         self.rotation = (spread[:, None] * rotation).to(y)
@@ -371,21 +369,3 @@ class _SharedMap:
 def _inverse_root(curvature, least):
     """``curvature ** -0.5``; zero where it is not above the least that counts."""
     return torch.where(curvature > least, curvature.rsqrt(), 0.0)
-
-
-def _curvature(noise, y):
-    """Second derivative of the noise's nll with respect to ``f(x)`` where it equals ``y``."""
-    with torch.enable_grad():
-        prediction = y.detach().requires_grad_()
-        nll = noise.nll(prediction, y).sum()
-        (first,) = torch.autograd.grad(nll, prediction, create_graph=True)
-        second = torch.zeros_like(y)
-        if first.requires_grad:
-            (second,) = torch.autograd.grad(first.sum(), prediction)
-    usable = second.isfinite() & (second > 0)
-    largest = noise.max_curvature()
-    if not math.isfinite(largest):
-        # A kink has no curvature: that of the parabola with the nll of a unit residual.
-        units = torch.eye(y.shape[1]).to(y)
-        largest = 2 * noise.nll(units, torch.zeros_like(units))
-    return torch.where(usable, second, largest).detach()
