@@ -116,6 +116,26 @@ class GaussianSurrogate:
         """``F^T c`` for rows (n, d)."""
         return self._transform(c, [axis.T for axis in self.axes])
 
+    def quadratic(self, v):
+        """``v^T S v`` for rows (n, d), with the precision ``S``."""
+        along = v @ self.basis
+        size = (along.square() / self.variances).sum(1)
+        if self.residual is not None:
+            across = self.analyse(v - along @ self.basis.T)
+            size = size + (across.square() / self.residual).sum(1)
+        return size
+
+    def sample(self, n, seed=0):
+        """Draw images (n, d)."""
+        generator = torch.Generator().manual_seed(seed)
+        k, d = self.basis.shape[1], len(self.mean)
+        noise = torch.randn(n, k + d, generator=generator, dtype=torch.float64).to(self.mean)
+        x = (noise[:, :k] * self.variances.sqrt()) @ self.basis.T
+        if self.residual is not None:
+            across = self.synthesise(noise[:, k:] * self.residual.sqrt())
+            x = x + across - (across @ self.basis) @ self.basis.T
+        return self.mean + x
+
     @staticmethod
     def _transform(v, axes):
         if not axes:
@@ -341,18 +361,8 @@ class GaussianMetric:
         ``change`` is that of the prior's gradient. NaN where the prior is not convex.
         """
         curvature = (step * change).sum(1)
-        ratio = curvature / padded(self._size, step)
+        ratio = curvature / padded(self.surrogate.quadratic, step)
         return torch.where(curvature > 0, ratio, torch.nan)
-
-    def _size(self, v):
-        """``v^T S v``."""
-        s = self.surrogate
-        along = v @ s.basis
-        size = (along.square() / s.variances).sum(1)
-        if s.residual is not None:
-            across = s.analyse(v - along @ s.basis.T)
-            size = size + (across.square() / s.residual).sum(1)
-        return size
 
 
 class _SharedMap:
