@@ -78,7 +78,9 @@ def _gauss_newton(surrogate, objective, lam, x):
     gaussian = surrogate.to(x)
 
     def evaluate(x):
-        value = objective.misfit(x, rows) + 0.5 * lam * padded(gaussian.quadratic, x - gaussian.mean)
+        value = objective.misfit(x, rows) + 0.5 * lam * padded(
+            gaussian.quadratic, x - gaussian.mean
+        )
         return torch.where(value.isfinite(), value, torch.inf)
 
     value = evaluate(x)
