@@ -687,7 +687,7 @@ def test_base_class_names_what_is_missing():
 
     with pytest.raises(TypeError, match="abstract class Operator .*_setup.*"):
         Operator()
-    with pytest.raises(TypeError, match="abstract class Mine .*adjoint.*forward.*norm.*projector"):
+    with pytest.raises(TypeError, match="abstract class Mine .*forward"):
         Mine()
 
 

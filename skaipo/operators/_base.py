@@ -13,6 +13,9 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
+from skaipo.operators._iterative import ConjugateGradientProjector, power_norm
+from skaipo.operators._projector import AffineProjector, check_same_rows
+
 __all__ = ["AffineProjector", "Operator", "ShortRepr", "check_same_rows", "describe"]
 
 
@@ -59,15 +62,19 @@ class ShortRepr:
 class Operator(ShortRepr, BaseEstimator, ABC):
     """Base class of forward operators ``f``.
 
-    A subclass stores its parameters in ``__init__``, writes the private hook ``_setup`` (called on
-    the bound copy once ``event_shape_`` and ``n_features_in_`` are known; it sets
-    ``n_measurements_`` and any arrays, or raises ``ValueError``), and ``forward``, ``adjoint``,
-    ``projector`` and ``norm``.
+    A subclass stores its parameters in ``__init__`` and writes ``forward`` and the private hook
+    ``_setup``: called on the bound copy once ``event_shape_`` and ``n_features_in_`` are known, it
+    sets ``n_measurements_``, or ``measurement_shape_`` where a measurement is an image, and any
+    arrays, or raises ``ValueError``.
+
+    For a linear or affine ``f`` the rest follows: ``adjoint`` by automatic differentiation,
+    ``projector`` by conjugate gradients, ``norm`` by Lanczos iterations. Write them as well where
+    there is a formula.
 
     Attributes
     ----------
     is_linear : bool
-        Class attribute, True when ``f`` is linear.
+        Class attribute, True when ``f`` is linear, or affine: linear but for a constant.
     takes_params : bool
         True where every row has parameters of its own (its kernel, its mask); see :meth:`given`.
     needs_params : bool
@@ -80,13 +87,16 @@ class Operator(ShortRepr, BaseEstimator, ABC):
     n_measurements_ : int
         Number of measurements ``m``.
     measurement_shape_ : tuple of int
-        Shape of one measurement: ``event_shape_`` if ``f`` keeps the shape, else ``(m,)``.
+        Shape of one measurement: what ``_setup`` says, else ``(m,)``.
     measured_ : ndarray of bool, shape (m,)
         Which entries of a measurement exist at all; the others are to be ignored.
+    precision_ : torch.dtype
+        Precision in which ``f`` is computed, whatever the images come in; float64 means theirs.
     """
 
     is_linear = True
     takes_params = False
+    precision_ = torch.float64
     _keeps_shape = False
 
     @property
@@ -128,11 +138,31 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         bound.event_shape_ = shape
         bound.n_features_in_ = math.prod(shape)
         bound._setup()
-        m = bound.n_measurements_
-        bound.measurement_shape_ = shape if self._keeps_shape else (m,)
+        bound._settle_shape()
         if "measured_" not in bound.__dict__:
-            bound.measured_ = np.ones(m, dtype=bool)
+            bound.measured_ = np.ones(bound.n_measurements_, dtype=bool)
         return bound
+
+    def _settle_shape(self):
+        """Number and shape of the measurements, from what ``_setup`` has said of them."""
+        name, said = type(self).__name__, self.__dict__
+        if "measurement_shape_" in said:
+            self.measurement_shape_ = tuple(operator.index(k) for k in self.measurement_shape_)
+        elif self._keeps_shape:
+            self.measurement_shape_ = self.event_shape_
+        elif "n_measurements_" in said:
+            self.measurement_shape_ = (self.n_measurements_,)
+        else:
+            raise AttributeError(
+                f"{name}._setup must set n_measurements_, or measurement_shape_ where a "
+                "measurement is an image."
+            )
+        m = math.prod(self.measurement_shape_)
+        if said.setdefault("n_measurements_", m) != m or m < 1:
+            raise ValueError(
+                f"{name}._setup set n_measurements_ = {self.n_measurements_}, but measurements of "
+                f"shape {self.measurement_shape_} have {m} entries."
+            )
 
     @abstractmethod
     def _setup(self):
@@ -151,9 +181,45 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         Tensor, shape (n, m)
         """
 
-    @abstractmethod
+    def linear(self, x):
+        """The linear part: ``f(x) - f(0)``, which is ``f(x)`` unless ``f`` adds a constant.
+
+        Parameters
+        ----------
+        x : Tensor, shape (n, d)
+
+        Returns
+        -------
+        Tensor, shape (n, m)
+
+        Raises
+        ------
+        TypeError
+            If ``f`` is not linear.
+        """
+        self._check_linear("linear part")
+        y = self.forward(x)
+        origin = self._origin(y)
+        return y if origin is None else y - origin
+
+    def _origin(self, like):
+        """``f(0)`` as (1, m), or (n, m) where rows have parameters; None where it is zero.
+
+        In the dtype and on the device of ``like``.
+        """
+
+        def make():
+            n = self.__dict__.get("_n_given", 1)
+            zero = torch.zeros(n, self.n_features_in_, dtype=like.dtype, device=like.device)
+            origin = self.forward(zero)
+            return origin if bool(origin.any()) else None
+
+        return self._cached(("origin", like.device, like.dtype), make)
+
     def adjoint(self, y):
-        """Apply the transpose: ``<f(x), y> = <x, adjoint(y)>``, differentiable.
+        """Apply the transpose of the linear part: ``<f(x) - f(0), y> = <x, adjoint(y)>``.
+
+        Unless a subclass has a formula, automatic differentiation of ``forward`` gives it.
 
         Parameters
         ----------
@@ -162,11 +228,34 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         Returns
         -------
         Tensor, shape (n, d)
-        """
+            Differentiable.
 
-    @abstractmethod
+        Raises
+        ------
+        TypeError
+            If ``f`` is not linear, or ``forward`` is not written in differentiable torch.
+        """
+        self._check_linear("adjoint")
+        self._check_y(y)
+        twice = torch.is_grad_enabled() and y.requires_grad
+        with torch.inference_mode(False), torch.enable_grad():
+            y = y.clone() if y.is_inference() else y
+            zero = torch.zeros(
+                len(y), self.n_features_in_, dtype=y.dtype, device=y.device, requires_grad=True
+            )
+            out = self.forward(zero)
+            if not out.requires_grad:
+                raise TypeError(
+                    f"{type(self).__name__}.forward gives no gradient: write it in torch without "
+                    "leaving torch (no numpy, no detach), or write adjoint as well."
+                )
+            (x,) = torch.autograd.grad(out, zero, y, create_graph=twice)
+        return x
+
     def projector(self, y, observed=None):
         """Prepare the projection onto ``{x : f(x) = y}``; all factorisations happen here.
+
+        Unless a subclass has a formula, conjugate gradients find it.
 
         Parameters
         ----------
@@ -178,20 +267,40 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         Returns
         -------
         AffineProjector
+
+        Raises
+        ------
+        TypeError
+            If ``f`` is not linear.
         """
+        self._check_linear("projection onto {x : f(x) = y}")
+        return ConjugateGradientProjector(self, y, self._observed(y, observed))
 
     def project(self, x, y, observed=None):
         """Nearest image to ``x`` with ``f(x) = y``: ``projector(y, observed)(x)``."""
         return self.projector(y, observed)(x)
 
-    @abstractmethod
     def norm(self):
-        """Spectral norm of ``f``, computed in float64.
+        """Spectral norm of the linear part of ``f``, computed in float64.
 
         Returns
         -------
         float
+
+        Raises
+        ------
+        TypeError
+            If ``f`` is not linear.
         """
+        self._check_linear("spectral norm")
+        n = self.__dict__.get("_n_given")
+        if n is None:
+            return float(self._cached("norm", lambda: power_norm(self)))
+        return torch.tensor([power_norm(_OneRow(self, i)) for i in range(n)], dtype=torch.float64)
+
+    def _check_linear(self, what):
+        if not self.is_linear:
+            raise TypeError(f"{type(self).__name__} is not linear: it has no {what}.")
 
     def check_params(self, params, n, like=None):
         """Validate the parameters of ``n`` rows, once, before :meth:`given` is called often.
@@ -281,7 +390,7 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.__dict__.pop("_cache", None)
-        other._n_given = len(params)
+        other._n_given, other._params = len(params), params
         other._given(params)
         return other
 
@@ -337,7 +446,7 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         -------
         ndarray or Tensor, shape (n, m)
             Same kind and float dtype as ``X`` (integers give float64), never sharing its memory,
-            without gradient. Operators that keep the image shape return the shape of ``X``.
+            without gradient. Images ``(n, *event_shape)`` give ``(n, *measurement_shape_)``.
 
         Raises
         ------
@@ -377,8 +486,8 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         bound = bound.given(bound.check_params(params, n, like=x))
         with torch.no_grad():
             out = bound.forward(x.reshape(n, d))
-        if self._keeps_shape:
-            out = out.reshape(x.shape)
+        if len(shape) > 1:
+            out = out.reshape(n, *bound.measurement_shape_)
         return out if out_dtype is None else out.numpy().astype(out_dtype, copy=False)
 
     def _check(self, rows, size="n_features_in_", what="images"):
@@ -439,28 +548,21 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         return type(self)(**self.get_params(deep=False))
 
 
-class AffineProjector(ABC):
-    """Orthogonal projection onto ``{x : f(x) = y}``, row by row, made by ``Operator.projector``.
+class _OneRow:
+    """The operator that one row has, for any number of images."""
 
-    Calling it with images ``(n, d)`` returns the nearest images (Euclidean) whose observed
-    measurements equal ``y``. Where the observed measurements contradict each other it returns the
-    nearest minimiser of ``||f(x) - y||^2`` over the observed entries.
-    """
+    def __init__(self, op, index):
+        self._op, self._params = op, op._params[index : index + 1]
+        self.n_measurements_, self.n_features_in_ = op.n_measurements_, op.n_features_in_
 
-    @abstractmethod
-    def __call__(self, x):
-        """Project images ``x`` (n, d)."""
+    def _given(self, n):
+        return self._op.given(self._params.expand(n, *self._params.shape[1:]))
 
-    @abstractmethod
-    def null(self, v):
-        """Project directions ``v`` (n, d) on the null space of the observed measurements."""
+    def linear(self, x):
+        return self._given(len(x)).linear(x)
 
-
-def check_same_rows(x, y):
-    if x.shape[0] != y.shape[0]:
-        raise ValueError(
-            f"This projector was made for {y.shape[0]} measurements, got {x.shape[0]} images."
-        )
+    def adjoint(self, y):
+        return self._given(len(y)).adjoint(y)
 
 
 def _same(a, b):
