@@ -12,6 +12,7 @@ import torch
 
 from skaipo.operators._base import AffineProjector, Operator
 from skaipo.operators._linear import CompressedSensing, LeastSquaresOperator, MatrixOperator
+from skaipo.operators._per_sample import PerSampleMatrix
 from skaipo.operators._pixels import Denoising, Inpainting
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LeastSquaresOperator",
     "MatrixOperator",
     "Operator",
+    "PerSampleMatrix",
     "as_operator",
 ]
 

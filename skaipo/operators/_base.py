@@ -75,6 +75,11 @@ class Operator(ShortRepr, BaseEstimator, ABC):
     ----------
     is_linear : bool
         Class attribute, True when ``f`` is linear, or affine: linear but for a constant.
+    takes_params : bool
+        True where every row has parameters of its own (its kernel, its mask); see :meth:`given`.
+    needs_params : bool
+        True where nothing can be measured without them. The same as ``takes_params``, unless a
+        class says otherwise.
     event_shape_ : tuple of int
         Shape of one image. This and the next ones exist on bound operators only.
     n_features_in_ : int
@@ -90,8 +95,13 @@ class Operator(ShortRepr, BaseEstimator, ABC):
     """
 
     is_linear = True
+    takes_params = False
     precision_ = torch.float64
     _keeps_shape = False
+
+    @property
+    def needs_params(self):
+        return self.takes_params
 
     def bind(self, event_shape):
         """Fix the image shape and make the arrays.
@@ -116,13 +126,14 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         shape = tuple(operator.index(size) for size in shape)
         if not shape or min(shape) < 1:
             raise ValueError(f"event_shape must hold positive sizes, got {shape}.")
-        params = self.get_params(deep=False)
+        params = self.get_params()
         if self.__dict__.get("event_shape_") == shape:
             # set_params on a bound operator must not leave the old arrays in use.
             before = self._bound_params
-            if all(_same(value, before[name]) for name, value in params.items()):
+            same = params.keys() == before.keys()
+            if same and all(_same(value, before[name]) for name, value in params.items()):
                 return self
-        bound = type(self)(**params)
+        bound = type(self)(**self.get_params(deep=False))
         bound._bound_params = params
         bound.event_shape_ = shape
         bound.n_features_in_ = math.prod(shape)
@@ -192,10 +203,14 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         return y if origin is None else y - origin
 
     def _origin(self, like):
-        """``f(0)`` as (1, m), in the dtype and on the device of ``like``; None where it is zero."""
+        """``f(0)`` as (1, m), or (n, m) where rows have parameters; None where it is zero.
+
+        In the dtype and on the device of ``like``.
+        """
 
         def make():
-            zero = torch.zeros(1, self.n_features_in_, dtype=like.dtype, device=like.device)
+            n = self.__dict__.get("_n_given", 1)
+            zero = torch.zeros(n, self.n_features_in_, dtype=like.dtype, device=like.device)
             origin = self.forward(zero)
             return origin if bool(origin.any()) else None
 
@@ -278,19 +293,154 @@ class Operator(ShortRepr, BaseEstimator, ABC):
             If ``f`` is not linear.
         """
         self._check_linear("spectral norm")
-        return float(self._cached("norm", lambda: power_norm(self)))
+        n = self.__dict__.get("_n_given")
+        if n is None:
+            return float(self._cached("norm", lambda: power_norm(self)))
+        return torch.tensor([power_norm(_OneRow(self, i)) for i in range(n)], dtype=torch.float64)
 
     def _check_linear(self, what):
         if not self.is_linear:
             raise TypeError(f"{type(self).__name__} is not linear: it has no {what}.")
 
-    def __call__(self, X):
+    def check_params(self, params, n, like=None):
+        """Validate the parameters of ``n`` rows, once, before :meth:`given` is called often.
+
+        Parameters
+        ----------
+        params : array-like or Tensor, shape (n, ...), or None
+            One entry per row; what an entry is, the class says.
+        n : int
+            Number of rows.
+        like : Tensor, default=None
+            The result gets its dtype and device. Default: float64 on the CPU.
+
+        Returns
+        -------
+        Tensor, shape (n, ...), or None
+            A copy; None where none were passed and none are needed.
+
+        Raises
+        ------
+        TypeError
+            If the operator takes no parameters, or they are not real numbers.
+        ValueError
+            If it needs some and there are none, or their number, shape or values are wrong.
+        """
+        name = type(self).__name__
+        if params is None:
+            if self.needs_params:
+                raise ValueError(
+                    f"This {name} needs parameters for each row, {self._wanted_params()}, and got "
+                    "none: pass op_params to the estimator's method, or params to the operator."
+                )
+            return None
+        self._refuse_params()
+        self._check_bound()
+        if isinstance(params, torch.Tensor):
+            values = params.detach()
+            is_real = not values.is_complex()
+        else:
+            values = np.asarray(params)
+            is_real = values.dtype.kind in "biuf"
+        if not is_real:
+            raise TypeError(f"{name} takes real parameters, got dtype {values.dtype}.")
+        if isinstance(values, np.ndarray):
+            values = torch.tensor(np.ascontiguousarray(values, dtype=np.float64))
+        dtype, device = (torch.float64, "cpu") if like is None else (like.dtype, like.device)
+        values = values.to(device, dtype, copy=True)
+        if values.ndim == 0 or len(values) != n:
+            raise ValueError(
+                f"{name} takes parameters for each row, {self._wanted_params()}: expected {n} of "
+                f"them, got shape {tuple(values.shape)}. For the same in all rows repeat it."
+            )
+        bad = (~values.reshape(n, -1).isfinite()).any(1).nonzero().flatten().tolist() if n else []
+        if bad:
+            raise ValueError(
+                f"The parameters of {len(bad)} row(s) are not finite, the first in row {bad[0]}."
+            )
+        self._check_given(values)
+        return values
+
+    def given(self, params):
+        """The operator for some rows, whose parameters are these.
+
+        Cheap: nothing is checked here that :meth:`check_params` checks.
+
+        Parameters
+        ----------
+        params : Tensor, shape (n, ...), or None
+            From :meth:`check_params`, or some rows of that. None: the operator as it is.
+
+        Returns
+        -------
+        Operator
+            A bound copy whose methods take ``n`` rows, each measured with its own parameters.
+            Its ``norm()`` is a float64 tensor (n,). What they say about which measurements exist
+            is in :meth:`measured`.
+
+        Raises
+        ------
+        TypeError
+            If the operator takes no parameters.
+        """
+        if params is None:
+            return self
+        self._refuse_params()
+        self._check_bound()
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.__dict__.pop("_cache", None)
+        other._n_given, other._params = len(params), params
+        other._given(params)
+        return other
+
+    def measured(self, like):
+        """Which measurements exist: a bool tensor (1, m), or (n, m) where rows' parameters say so.
+
+        Parameters
+        ----------
+        like : Tensor
+            The result is on its device.
+        """
+        return self._cached(
+            ("measured", like.device),
+            lambda: torch.from_numpy(self.measured_)[None].to(like.device),
+        )
+
+    def _given(self, params):
+        """Hook of classes with parameters for each row: keep what ``params`` (n, ...) says."""
+        raise NotImplementedError(f"{type(self).__name__} takes parameters, but has no _given.")
+
+    def _check_given(self, params):
+        """Hook: raise ``ValueError`` where parameters (n, ...), finite, are none of this class."""
+
+    def _wanted_params(self):
+        """Hook: the shape of the parameters in words, for messages."""
+        return "an array of shape (n, ...)"
+
+    def _refuse_params(self):
+        if not self.takes_params:
+            raise TypeError(
+                f"This {type(self).__name__} takes no parameters for each row (op_params): it "
+                "measures all rows alike."
+            )
+
+    def _check_bound(self):
+        if "n_features_in_" not in self.__dict__:
+            raise NotFittedError(
+                f"This {type(self).__name__} does not know the image shape yet: call "
+                "bind(event_shape) and use the operator that it returns."
+            )
+
+    def __call__(self, X, params=None):
         """Simulate clean measurements ``f(X)``.
 
         Parameters
         ----------
         X : ndarray or Tensor, shape (n, d) or (n, *event_shape)
             Images. An operator that is not bound takes the image shape from here.
+        params : array-like or Tensor, shape (n, ...), default=None
+            Parameters of each row, for operators that take them.
 
         Returns
         -------
@@ -301,9 +451,10 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         Raises
         ------
         TypeError
-            If ``X`` is not real-valued.
+            If ``X`` is not real-valued, or ``params`` is not wanted.
         ValueError
-            If ``X`` has no sample axis, or its images are not of the operator's size.
+            If ``X`` has no sample axis, or its images are not of the operator's size, or ``params``
+            is missing or wrong.
         """
         name = type(self).__name__
         if isinstance(X, torch.Tensor):
@@ -332,6 +483,7 @@ class Operator(ShortRepr, BaseEstimator, ABC):
                 f"shape {tuple(x.shape)}. Bind it to the new shape with bind({shape})."
             )
         bound = self.bind(self.__dict__.get("event_shape_", shape) if len(shape) == 1 else shape)
+        bound = bound.given(bound.check_params(params, n, like=x))
         with torch.no_grad():
             out = bound.forward(x.reshape(n, d))
         if len(shape) > 1:
@@ -340,16 +492,20 @@ class Operator(ShortRepr, BaseEstimator, ABC):
 
     def _check(self, rows, size="n_features_in_", what="images"):
         """Refuse an unbound operator, and anything but flat rows of the right size."""
-        name, size = type(self).__name__, self.__dict__.get(size)
-        if size is None:
-            raise NotFittedError(
-                f"This {name} does not know the image shape yet: call bind(event_shape) and use "
-                "the operator that it returns."
+        self._check_bound()
+        name, size = type(self).__name__, getattr(self, size)
+        n = self.__dict__.get("_n_given")
+        if n is None and self.needs_params:
+            raise ValueError(
+                f"This {name} needs parameters for each row, {self._wanted_params()}: use the "
+                "operator that given(params) returns."
             )
         if rows.ndim != 2 or rows.shape[1] != size:
             raise ValueError(
                 f"{name} expects flat {what} of shape (n, {size}), got {tuple(rows.shape)}."
             )
+        if n is not None and len(rows) != n:
+            raise ValueError(f"This {name} was given the parameters of {n} rows, got {len(rows)}.")
 
     def _check_y(self, y):
         self._check(y, "n_measurements_", "measurements")
@@ -365,12 +521,13 @@ class Operator(ShortRepr, BaseEstimator, ABC):
                 )
             if bool(observed.all()):
                 observed = None
-        if not self.measured_.all():
-            measured = self._cached(
-                ("measured", y.device), lambda: torch.from_numpy(self.measured_).to(y.device)
-            )
-            observed = measured[None] if observed is None else observed & measured
+        if not self._measures_all():
+            measured = self.measured(y)
+            observed = measured if observed is None else observed & measured
         return observed
+
+    def _measures_all(self):
+        return bool(self.measured_.all())
 
     def _cached(self, key, make):
         """Things derived from the arrays, made once per device and dtype, never pickled."""
@@ -389,6 +546,23 @@ class Operator(ShortRepr, BaseEstimator, ABC):
     def __sklearn_clone__(self):
         # clone() would deep-copy matrices and masks; nothing here ever writes to them.
         return type(self)(**self.get_params(deep=False))
+
+
+class _OneRow:
+    """The operator that one row has, for any number of images."""
+
+    def __init__(self, op, index):
+        self._op, self._params = op, op._params[index : index + 1]
+        self.n_measurements_, self.n_features_in_ = op.n_measurements_, op.n_features_in_
+
+    def _given(self, n):
+        return self._op.given(self._params.expand(n, *self._params.shape[1:]))
+
+    def linear(self, x):
+        return self._given(len(x)).linear(x)
+
+    def adjoint(self, y):
+        return self._given(len(y)).adjoint(y)
 
 
 def _same(a, b):

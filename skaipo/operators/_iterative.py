@@ -66,6 +66,17 @@ class ConjugateGradientProjector(AffineProjector):
         observed = observed if rows is None else observed[rows]
         return torch.where(observed, values, self._zero)
 
+    def _product(self, product, values, rows=None):
+        n = self._op.__dict__.get("_n_given")
+        if n is None:
+            return padded(product, values)
+        if len(values) == n:
+            return product(values)
+        # An operator that was given the parameters of its rows takes all of them.
+        full = values.new_zeros(n, values.shape[1])
+        full[rows] = values
+        return product(full)[rows]
+
     def __call__(self, x):
         return _Projection.apply(x, self, True)
 
@@ -82,7 +93,7 @@ class ConjugateGradientProjector(AffineProjector):
         self.n_steps.zero_()
         # The second time removes what rounding left of the first.
         for _ in range(2):
-            product = self._mask(padded(self._op.linear, out))
+            product = self._mask(self._product(self._op.linear, out))
             residual = target - product
             size = target.norm(dim=1) + product.norm(dim=1)
             out = out + self._solve(residual, self._tol * size)
@@ -91,7 +102,7 @@ class ConjugateGradientProjector(AffineProjector):
     def _solve(self, residual, rounding):
         """The smallest u that minimises ``||A u - residual||``, row by row."""
         n, d = len(residual), self._op.n_features_in_
-        s, g = residual, padded(self._op.adjoint, residual)
+        s, g = residual, self._product(self._op.adjoint, residual)
         p, gamma = g, g.square().sum(1)
         # Numbers that overflowed have no solution, and must not pass for solved.
         u = torch.where(gamma.isfinite()[:, None], residual.new_zeros(n, d), torch.nan)
@@ -110,13 +121,13 @@ class ConjugateGradientProjector(AffineProjector):
                 if len(rows) == 0:
                     return solution
                 s, u, p, gamma, scale = (t[going] for t in (s, u, p, gamma, scale))
-            q = self._mask(padded(self._op.linear, p), rows)
+            q = self._mask(self._product(self._op.linear, p, rows), rows)
             step = q.square().sum(1)
             scale = torch.maximum(scale, (step / p.square().sum(1)).sqrt())
             # A direction that is not measured at all is no direction.
             alpha = torch.where(step > 0, gamma / step, 0.0)[:, None]
             u, s = u + alpha * p, s - alpha * q
-            g = padded(self._op.adjoint, s)
+            g = self._product(self._op.adjoint, s, rows)
             before, gamma = gamma, g.square().sum(1)
             p = g + (gamma / before)[:, None] * p
             self.n_steps[rows] += 1

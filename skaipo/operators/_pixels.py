@@ -37,7 +37,7 @@ class _PixelOperator(Operator):
         self.n_measurements_ = self.n_features_in_
 
     def _keep(self, values):
-        if self.measured_.all():
+        if self._measures_all():
             return values
         # where, not a product: what a masked pixel holds must not matter, even NaN.
         zero = torch.zeros((), dtype=values.dtype, device=values.device)
@@ -72,16 +72,32 @@ class Inpainting(_PixelOperator):
     ----------
     mask : array-like of bool (or 0/1), shape (d,) or event_shape, or None
         True where the pixel is observed, the same for all samples. None: the missing pixels differ
-        by sample, and NaN in ``Y`` marks them.
+        by sample, and NaN in ``Y`` marks them, or parameters of each row do: masks of shape (n, d)
+        or (n, *event_shape).
 
     Raises
     ------
     ValueError
         By ``bind``: mask of another size than the images, not boolean, or False everywhere.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skaipo.operators import Inpainting
+    >>> masks = np.array([[True, False], [True, True]])
+    >>> Inpainting()(np.array([[1.0, 2.0], [3.0, 4.0]]), params=masks)
+    array([[1., 0.],
+           [3., 4.]])
     """
+
+    needs_params = False
 
     def __init__(self, mask=None):
         self.mask = mask
+
+    @property
+    def takes_params(self):
+        return self.mask is None
 
     def _setup(self):
         super()._setup()
@@ -112,6 +128,40 @@ class Inpainting(_PixelOperator):
                 "observed pixels; did you mean ~mask?"
             )
         self.measured_ = mask.reshape(-1)
+
+    def _wanted_params(self):
+        return f"masks of shape (n, {self.n_features_in_}) or {('n', *self.event_shape_)}"
+
+    def _check_given(self, params):
+        if params.shape[1:] not in ((self.n_features_in_,), self.event_shape_):
+            raise ValueError(
+                f"Inpainting takes {self._wanted_params()}, got shape {tuple(params.shape)}."
+            )
+        flat = params.flatten(1)
+        if not ((flat == 0) | (flat == 1)).all():
+            raise ValueError("Inpainting takes masks of True and False, or 1 and 0.")
+        empty = (~(flat == 1).any(1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"The masks of {len(empty)} row(s) are False everywhere, the first that of row "
+                f"{empty[0]}. True marks the observed pixels; did you mean ~mask?"
+            )
+
+    def _given(self, params):
+        self._masks = params.flatten(1) > 0.5
+
+    def measured(self, like):
+        if "_masks" not in self.__dict__:
+            return super().measured(like)
+        return self._masks.to(like.device)
+
+    def _measures_all(self):
+        return "_masks" not in self.__dict__ and super()._measures_all()
+
+    def norm(self):
+        if "_masks" in self.__dict__:
+            return torch.ones(len(self._masks), dtype=torch.float64)
+        return super().norm()
 
     def _describe(self, value):
         text = super()._describe(value)
