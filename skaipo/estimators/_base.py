@@ -276,7 +276,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         """The starts: "gaussian", "mle", "zero", or latents (n, d) for all rows."""
         first = check_choice("init", self.init, INITS)
         if first == "auto":
-            first = "gaussian" if op.is_linear else "zero"
+            first = "gaussian"
         kinds = [first, *(kind for kind in ("zero", "mle") if kind != first)][: self.n_starts]
         kinds += ["random"] * (self.n_starts - len(kinds))
         # Drawn for all rows at once: a row's start does not depend on the chunk it falls in.
@@ -298,22 +298,18 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 "start would be another one when the run goes on. Pass random_state=0, say."
             )
 
-    def _solve(self, Y, lams, mask=None, history=False, checkpoint=None):
+    def _solve(self, Y, lams, mask=None, history=False, checkpoint=None, op_params=None):
         """Reconstructions at ascending lambdas, and the evaluations that all of them took."""
         self._check_params()
         prior = self._ready_prior()
         flow = prior.flow_
         op, noise = self._bind(prior)
         y, layout, _ = self._measurements(Y, op, flow=flow, mask=mask)
+        params = op.check_params(op_params, len(y), like=y)
         starts = self._starts(y, flow, op)
         method = self._method()
         helps = self.space == "image" and method.wants_metric
         needed = "gaussian" in [start for start in starts if isinstance(start, str)]
-        if needed and not op.is_linear:
-            raise ValueError(
-                f"init='gaussian' needs a linear operator, {type(op).__name__} is not: use "
-                f"init='zero'."
-            )
         problem = Problem(
             prior=prior,
             op=op,
@@ -326,7 +322,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             max_evals=self.max_evals,
             tol=self.tol,
             mle_solver=check_choice("mle_solver", self.mle_solver, MLE_SOLVERS),
-            surrogate=surrogate_of(flow) if needed or (helps and op.is_linear) else None,
+            surrogate=surrogate_of(flow) if needed or helps else None,
             history=history,
         )
         # The edges of the chunks follow batch_size alone: results do not depend on n_jobs.
@@ -334,14 +330,15 @@ class Reconstructor(ShortRepr, BaseEstimator):
         store = None
         if checkpoint is not None:
             self._check_repeatable(starts)
-            store = Checkpoint(checkpoint, describe_run(problem, y, starts, self.batch_size))
+            run = describe_run(problem, y, starts, self.batch_size, params)
+            store = Checkpoint(checkpoint, run)
         parts = [None if store is None else store.load(k) for k in range(len(chunks))]
         todo = [k for k, part in enumerate(parts) if part is None]
 
         def task(k):
             rows = chunks[k]
             start = [start if isinstance(start, str) else start[rows] for start in starts]
-            args = (problem, y[rows], start)
+            args = (problem, y[rows], start, None if params is None else params[rows])
             if store is None:
                 return delayed(solve_chunk)(*args)
             return delayed(store.solve)(k, solve_chunk, *args)
@@ -361,7 +358,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             result.x = layout.restore(to_tensor(result.x), op.event_shape_)
         return joined, total
 
-    def reconstruct(self, Y, *, mask=None, history=False, checkpoint=None):
+    def reconstruct(self, Y, *, mask=None, history=False, checkpoint=None, op_params=None):
         """Reconstruct a batch and tell how each row went.
 
         Parameters
@@ -378,6 +375,8 @@ class Reconstructor(ShortRepr, BaseEstimator):
             same bits as one that was never interrupted. It is made if it is missing, and belongs
             to one run: whatever the results depend on must be the same when the call is repeated,
             but not ``n_jobs`` and ``verbose``.
+        op_params : array-like of shape (n_samples, ...), default=None
+            What the operator takes per row (its kernel, its mask), for operators that do.
 
         Returns
         -------
@@ -393,7 +392,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         OSError
             If ``checkpoint`` cannot be written.
         """
-        (result,), _ = self._solve(Y, (self._target(),), mask, history, checkpoint)
+        (result,), _ = self._solve(Y, (self._target(),), mask, history, checkpoint, op_params)
         diverged = int((result.status == "diverged").sum())
         if diverged:
             warnings.warn(
@@ -405,9 +404,9 @@ class Reconstructor(ShortRepr, BaseEstimator):
             )
         return result
 
-    def _predict(self, Y, mask, checkpoint=None):
+    def _predict(self, Y, mask, checkpoint=None, op_params=None):
         """The reconstructions alone, with a warning that counts what did not converge."""
-        result = self.reconstruct(Y, mask=mask, checkpoint=checkpoint)
+        result = self.reconstruct(Y, mask=mask, checkpoint=checkpoint, op_params=op_params)
         counts = result.counts()
         open_rows = counts["budget"] + counts["stalled"]
         if open_rows:
