@@ -12,6 +12,7 @@ import torch
 
 from skaipo.operators._base import AffineProjector, Operator
 from skaipo.operators._linear import CompressedSensing, LeastSquaresOperator, MatrixOperator
+from skaipo.operators._nonlinear import Clipping, NonlinearOperator, PhaseRetrieval
 from skaipo.operators._per_sample import PerSampleMatrix
 from skaipo.operators._pixels import Denoising, Inpainting
 from skaipo.operators._products import ProductsOperator
@@ -19,13 +20,16 @@ from skaipo.operators._torch import PhysicsOperator, TorchOperator
 
 __all__ = [
     "AffineProjector",
+    "Clipping",
     "CompressedSensing",
     "Denoising",
     "Inpainting",
     "LeastSquaresOperator",
     "MatrixOperator",
+    "NonlinearOperator",
     "Operator",
     "PerSampleMatrix",
+    "PhaseRetrieval",
     "as_operator",
 ]
 
