@@ -1,7 +1,9 @@
 """Operators of PyLops and deepinv, by what is particular to each; skipped where it is missing."""
 
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import deepinv_here
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from skaipo import AIPORegressor, GaussianPrior
+from skaipo.datasets import load_digits_prior, load_digits_split
 from skaipo.noise import GaussianNoise
 from skaipo.operators import MatrixOperator, as_operator
 
@@ -177,3 +180,19 @@ def test_reconstruction_by_physics_is_that_of_the_matrix(physics):
         matrix, prior=prior, noise=GaussianNoise(float(np.float32(0.2))), tol=1e-9
     ).predict(Y)
     assert_allclose(AIPORegressor(made, prior=prior, tol=1e-9).predict(Y), expected, atol=1e-4)
+
+
+def test_the_page_of_the_guide(physics):
+    """Its block for deepinv, which the tests of the documentation leave out."""
+    page = Path(__file__).resolve().parents[1] / "docs" / "guide" / "which_operator.md"
+    (block,) = re.findall(r"```{code-block} python\n(.*?)```", page.read_text(), re.DOTALL)
+    names = {
+        "torch": torch,
+        "AIPORegressor": AIPORegressor,
+        "clean": load_digits_split()[1][:2],
+        "prior": load_digits_prior(),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(block, names)
+    assert names["X"].shape == (2, *SHAPE)
