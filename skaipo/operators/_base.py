@@ -97,6 +97,8 @@ class Operator(ShortRepr, BaseEstimator, ABC):
     is_linear = True
     takes_params = False
     precision_ = torch.float64
+    # Standard deviation of the noise that comes with a foreign operator.
+    implied_sigma = None
     _keeps_shape = False
 
     @property
