@@ -11,20 +11,29 @@ import scipy.sparse as sp
 import torch
 
 from skaipo.operators._base import AffineProjector, Operator
+from skaipo.operators._compose import Compose, Stack
+from skaipo.operators._filters import Blur, Downsampling, gaussian_kernel
+from skaipo.operators._fourier import MaskedFourier
 from skaipo.operators._linear import CompressedSensing, LeastSquaresOperator, MatrixOperator
 from skaipo.operators._per_sample import PerSampleMatrix
 from skaipo.operators._pixels import Denoising, Inpainting
 
 __all__ = [
     "AffineProjector",
+    "Blur",
+    "Compose",
     "CompressedSensing",
     "Denoising",
+    "Downsampling",
     "Inpainting",
     "LeastSquaresOperator",
+    "MaskedFourier",
     "MatrixOperator",
     "Operator",
     "PerSampleMatrix",
+    "Stack",
     "as_operator",
+    "gaussian_kernel",
 ]
 
 
