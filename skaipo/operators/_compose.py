@@ -100,7 +100,7 @@ class Compose(_Combined):
     Notes
     -----
     It is linear where both are. The parameters of the parts are ``outer__name`` and
-    ``inner__name`` for ``set_params`` and grid searches. Where an operator takes parameters for each
+    ``inner__name`` for ``set_params`` and grid searches. Where a part takes parameters for each
     row, they are handed on to it.
 
     The projection is that of ``inner`` where ``outer`` picks some of its values (``Inpainting``);
@@ -195,8 +195,8 @@ class Stack(_Combined):
     Notes
     -----
     It is linear where all are. The parameters of the parts are ``op0__name``, ``op1__name``... for
-    ``set_params`` and grid searches. Where an operator takes parameters for each row, they are
-    handed on to it. Projections are found by conjugate gradients.
+    ``set_params`` and grid searches. Where a part takes parameters for each row, they are handed on
+    to it. Projections are found by conjugate gradients.
 
     For noise of another size in each of them, give ``GaussianNoise`` an array with a value for each
     number of the row.

@@ -64,7 +64,7 @@ class RowParameters:
         if not is_real:
             raise TypeError(f"{name} takes real parameters, got dtype {values.dtype}.")
         if isinstance(values, np.ndarray):
-            values = torch.tensor(np.ascontiguousarray(values, dtype=np.float64))
+            values = torch.tensor(np.array(values, dtype=np.float64, order="C"))
         dtype, device = (torch.float64, "cpu") if like is None else (like.dtype, like.device)
         values = values.to(device, dtype, copy=True)
         if values.ndim == 0 or len(values) != n:
