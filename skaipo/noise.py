@@ -22,9 +22,13 @@ class NoiseModel(ShortRepr, BaseEstimator, ABC):
 
     Attributes
     ----------
+    is_exact_fit : bool
+        Class attribute, True when ``nll`` is least exactly where ``f(x) = y``.
     n_measurements_ : int
         Number of measurements ``m`` (bound models only).
     """
+
+    is_exact_fit = True
 
     def bind(self, n_measurements):
         """Check the parameters against the number of measurements.
@@ -102,6 +106,40 @@ class NoiseModel(ShortRepr, BaseEstimator, ABC):
         -------
         float
         """
+
+    def gaussian_fit(self, y):
+        """The Gaussian that stands in for the likelihood, as a function of ``f(x)``.
+
+        The solvers' start and metric know of the noise by it. Here: around ``y``, with the
+        curvature of ``nll`` there; where that is no parabola, with the curvature of the one that
+        has the same value at a unit residual.
+
+        Parameters
+        ----------
+        y : Tensor, shape (n, m)
+            Measurements, finite: any number where nothing was measured.
+
+        Returns
+        -------
+        location : Tensor, shape (n, m)
+            Its mean, in the units of ``f(x)``.
+        weight : Tensor, shape (n, m)
+            Its inverse variance, positive and finite.
+        """
+        with torch.enable_grad():
+            prediction = y.detach().clone().requires_grad_()
+            nll = self.nll(prediction, y).sum()
+            (first,) = torch.autograd.grad(nll, prediction, create_graph=True)
+            second = torch.zeros_like(y)
+            if first.requires_grad:
+                (second,) = torch.autograd.grad(first.sum(), prediction)
+        usable = second.isfinite() & (second > 0)
+        largest = self.max_curvature()
+        if not math.isfinite(largest):
+            # A kink has no curvature.
+            units = torch.eye(y.shape[1]).to(y)
+            largest = 2 * self.nll(units, torch.zeros_like(units))
+        return y, torch.where(usable, second, largest).detach()
 
     @abstractmethod
     def _penalty(self, residual):
