@@ -669,6 +669,36 @@ def test_calling_with_parameters(rows):
     assert op(torch.from_numpy(X).float(), params=params).dtype == torch.float32
 
 
+class Exposure(Operator):
+    """What a user writes at least: no adjoint, projection or norm."""
+
+    takes_params = True
+
+    def _setup(self):
+        self.measurement_shape_ = self.event_shape_
+
+    def _given(self, params):
+        self.times = params.reshape(-1, 1)
+
+    def forward(self, x):
+        self._check(x)
+        return self.times.to(x) * x + 1
+
+
+def test_defaults_of_a_class_with_parameters():
+    times = np.array([1.0, 2.0, -0.5, 0.0])
+    op = Exposure().bind(6)
+    op = op.given(op.check_params(times, 4))
+    x, y = randn(4, 6), randn(4, 6)
+    column = torch.from_numpy(times)[:, None]
+    assert_allclose(op.linear(x), column * x, atol=1e-12)
+    assert_allclose(op.adjoint(y), column * y, atol=1e-12)
+    assert_allclose(op.norm(), np.abs(times))
+    observed = torch.rand(4, 6) < 0.7
+    want = torch.where(observed & (column != 0), (y - 1) / column, x)
+    assert_allclose(op.project(x, torch.where(observed, y, torch.nan), observed), want, atol=1e-9)
+
+
 def test_masks_are_optional_and_kernels_are_not():
     X = rng.standard_normal((2, *SHAPE))
     assert_array_equal(Inpainting()(X), X)
