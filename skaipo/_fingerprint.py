@@ -132,6 +132,8 @@ class _Walk:
         return self._all("global", [(c.__module__, c.__qualname__, _source(c)) for c in classes])
 
     def _reduced(self, obj):
+        if hasattr(obj, "no_fingerprint"):
+            raise TypeError(obj.no_fingerprint)
         reduce = copyreg.dispatch_table.get(type(obj))
         parts = obj.__reduce_ex__(4) if reduce is None else reduce(obj)
         if isinstance(parts, str):

@@ -17,7 +17,7 @@ from skaipo._checkpoint import Checkpoint, describe_run
 from skaipo._progress import Progress
 from skaipo._reconstruct import Problem, Reconstruction, solve_chunk
 from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
-from skaipo.noise import as_noise
+from skaipo.noise import GaussianNoise, as_noise
 from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
 from skaipo.operators._base import ShortRepr
@@ -93,12 +93,17 @@ class Reconstructor(ShortRepr, BaseEstimator):
 
     def __sklearn_clone__(self):
         # clone() would give back an unfitted prior; a fitted one rides along, weights shared.
-        if not (is_prior(self.prior) and is_fitted(self.prior)):
-            return super().__sklearn_clone__()
+        # Neither does what measures need copies: matrices and foreign operators are only read.
+        keeps_prior = is_prior(self.prior) and is_fitted(self.prior)
+        keeps_op = not hasattr(self.op, "get_params")
         shell = copy.copy(self)
-        shell.prior = None
+        shell.prior = None if keeps_prior else self.prior
+        shell.op = None if keeps_op else self.op
         other = super(Reconstructor, shell).__sklearn_clone__()
-        other.prior = copy.copy(self.prior)
+        if keeps_prior:
+            other.prior = copy.copy(self.prior)
+        if keeps_op:
+            other.op = self.op
         return other
 
     def __sklearn_is_fitted__(self):
@@ -227,7 +232,10 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 )
             op = self.op_
         op = as_operator(op).bind(prior.event_shape_)
-        return op, as_noise(self.noise).bind(op.n_measurements_)
+        noise = self.noise
+        if noise is None and op.implied_sigma is not None:
+            noise = GaussianNoise(op.implied_sigma)
+        return op, as_noise(noise).bind(op.n_measurements_)
 
     def _measurements(self, Y, op, reset=False, flow=None, mask=None):
         estimator = self if reset or hasattr(self, "n_features_in_") else None

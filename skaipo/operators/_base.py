@@ -96,6 +96,8 @@ class Operator(RowParameters, ShortRepr, BaseEstimator, ABC):
 
     is_linear = True
     precision_ = torch.float64
+    # Standard deviation of the noise that comes with a foreign operator.
+    implied_sigma = None
     _keeps_shape = False
 
     def bind(self, event_shape):
