@@ -496,6 +496,19 @@ def test_shortcuts_of_compose():
     assert type(Stack([inner]).bind(9).projector(y)) is type(got)
 
 
+def test_parts_may_be_matrices_and_functions():
+    A = rng.standard_normal((4, 6))
+    x = rng.standard_normal((3, 6))
+    op = Compose(A, lambda x: x.cumsum(-1))
+    assert_allclose(op(x), x.cumsum(1) @ A.T)
+    assert_allclose(op.bind(6).adjoint(torch.eye(4).double()), np.cumsum(A[:, ::-1], 1)[:, ::-1])
+    assert clone(op).outer is A
+    stack = Stack([A, torch.square])
+    assert_allclose(stack(x), np.hstack([x @ A.T, x**2]))
+    assert not stack.bind(6).is_linear
+    assert_array_equal(clone(stack).ops[0], A)
+
+
 def test_parts_in_searches():
     kernel = gaussian_kernel(0.5, ndim=1)
     op = Compose(Inpainting([True] * 5), Blur(kernel))
@@ -769,11 +782,11 @@ def test_parameter_errors(op, params, error, message):
         (MaskedFourier(np.ones((4, 6))), ValueError, r"\(4, 6\).* \(2, 6, 4\).* \(6, 4\)"),
         (MaskedFourier(np.zeros((6, 4))), ValueError, "MaskedFourier.*False everywhere"),
         (MaskedFourier(np.full((6, 4), 0.5)), ValueError, "MaskedFourier.*boolean"),
-        (Compose(Denoising(), np.eye(3)), TypeError, "made of operators, got ndarray"),
+        (Compose(Denoising(), "blur"), TypeError, "op must be an operator.* got str"),
         (Compose(Downsampling(4), Downsampling(2)), ValueError, r"outer operator.*\(2, 3, 2\)"),
         (Stack([]), TypeError, r"needs a list of operators.* got \[\]"),
         (Stack(Denoising()), TypeError, r"needs a list of operators.* got Denoising\(\)"),
-        (Stack([np.eye(3)]), TypeError, "made of operators, got ndarray"),
+        (Stack([np.ones(3)]), TypeError, "op must be an operator.* got ndarray of shape"),
         (PerSampleMatrix(0), ValueError, "at least 1, got 0"),
         (PerSampleMatrix(np.eye(3)), TypeError, "must be an integer.*params"),
     ],

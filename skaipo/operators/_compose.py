@@ -5,6 +5,7 @@ import torch
 from sklearn.base import clone
 
 from skaipo.operators._base import Operator
+from skaipo.operators._convert import as_operator
 from skaipo.operators._pixels import Denoising, PixelOperator
 
 __all__ = ["Compose", "Stack"]
@@ -84,9 +85,9 @@ class Compose(_Combined):
 
     Parameters
     ----------
-    outer : Operator
+    outer : Operator, or what :func:`as_operator` takes
         Measures what ``inner`` gives, as an image of that shape.
-    inner : Operator
+    inner : Operator, or what :func:`as_operator` takes
         Measures the image.
 
     Raises
@@ -125,7 +126,7 @@ class Compose(_Combined):
         return [self.outer, self.inner]
 
     def _setup(self):
-        outer, inner = (_as_part(part, "Compose") for part in self._recipes())
+        outer, inner = (as_operator(part) for part in self._recipes())
         inner = inner.bind(self.event_shape_)
         try:
             outer = outer.bind(inner.measurement_shape_)
@@ -182,7 +183,7 @@ class Stack(_Combined):
 
     Parameters
     ----------
-    ops : list of Operator
+    ops : list of Operator, or of what :func:`as_operator` takes
 
     Raises
     ------
@@ -260,7 +261,7 @@ class Stack(_Combined):
                 f"Stack(ops) needs a list of operators, [Blur(kernel), Downsampling(2)], got "
                 f"{self._describe(self.ops)}."
             )
-        self._parts = [_as_part(op, "Stack").bind(self.event_shape_) for op in self.ops]
+        self._parts = [as_operator(op).bind(self.event_shape_) for op in self.ops]
         self._check_reader()
         self._sizes = [part.n_measurements_ for part in self._parts]
         self.n_measurements_ = sum(self._sizes)
@@ -355,11 +356,3 @@ class Stack(_Combined):
 
 def _is_list(value):
     return isinstance(value, list | tuple)
-
-
-def _as_part(part, name):
-    if isinstance(part, Operator):
-        return part
-    raise TypeError(
-        f"{name} is made of operators, got {type(part).__name__}: pass as_operator(...) of it."
-    )
