@@ -30,6 +30,7 @@ from skaipo.operators import (
     Stack,
     gaussian_kernel,
 )
+from skaipo.operators._iterative import ConjugateGradientProjector
 
 SHAPE = (2, 6, 4)
 D = 48
@@ -63,6 +64,8 @@ OPERATORS = {
     "blur, reflect": Blur(KERNEL, "reflect"),
     "blur, mirror": Blur(KERNEL, "mirror"),
     "blur, nearest": Blur(KERNEL, "nearest"),
+    "separable blur": Blur(np.outer([1, 2, 0.5], [2.0, 1.0]), "reflect"),
+    "separable blur that kills": Blur(np.full((3, 2), 1 / 6), "zero"),
     "downsampling": Downsampling(2),
     "decimation": Downsampling((3, 2), kernel=[[1]]),
     "downsampling, blurred": Downsampling((2, 1), kernel=gaussian_kernel(0.5)),
@@ -309,6 +312,29 @@ def test_kernel_kinds():
     want = convolved(X, k, "grid-wrap")
     for kernel in (k, k.tolist(), torch.from_numpy(k), k.astype(np.float32), k.astype(bool) * k):
         assert_allclose(Blur(kernel)(X), want, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    boundary=st.sampled_from(list(SCIPY)),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    kernel=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    seed=st.integers(0, 99),
+)
+def test_separable_blur_by_formula_is_that_of_the_matrix(boundary, size, kernel, seed):
+    random = np.random.default_rng(seed)
+    k = np.outer(*(random.integers(-2, 3, n) + 0.25 for n in kernel))
+    op = Blur(k, boundary).bind(size)
+    d = op.n_features_in_
+    a = convolved(np.eye(d).reshape(d, 1, *size), k, SCIPY[boundary]).reshape(d, d).T
+    assert op.norm() == pytest.approx(np.linalg.norm(a, 2), rel=1e-9)
+    values = np.linalg.svd(a, compute_uv=False)
+    if np.all((values > 1e-3 * values[0]) | (values < 1e-10 * values[0])):
+        x, y = randn(2, d), randn(2, d)
+        projector = op.projector(y)
+        assert not isinstance(projector, ConjugateGradientProjector)
+        want = pinv_projection(a, x, y, torch.ones(y.shape, dtype=torch.bool))
+        assert_allclose(projector(x), want, atol=1e-9 * max(1, np.abs(want).max()))
 
 
 def test_frequencies_that_the_kernel_kills_stay_as_they_are():

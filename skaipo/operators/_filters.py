@@ -10,13 +10,16 @@ import torch
 from torch.nn import functional as F
 
 from skaipo.operators._base import Operator
+from skaipo.operators._filter_projectors import (
+    FilterProjector,
+    SeparableProjector,
+    SplitProjector,
+    wide,
+)
 from skaipo.operators._linear import _is_int
-from skaipo.operators._projector import AffineProjector, check_same_rows
 
 __all__ = ["Blur", "Downsampling", "gaussian_kernel"]
 
-# Singular values below this part of the largest count as zero.
-_CUTOFF = 1e-7
 # What numpy.pad calls them; the names here are those of scipy.ndimage, but for the first two.
 _BOUNDARIES = {
     "periodic": "wrap",
@@ -132,9 +135,11 @@ class _Filter(Operator):
 
         def make():
             if "_kernels" in self.__dict__:
-                kernel = self._kernels.to(like.device, _wide(like))[:, None]
+                kernel = self._kernels.to(like.device, wide(like.device))[:, None]
             else:
-                kernel = torch.from_numpy(self._kernel).to(like.device, _wide(like))[None, None]
+                kernel = torch.from_numpy(self._kernel).to(like.device, wide(like.device))[
+                    None, None
+                ]
             transfer = self._transfer_of(kernel)
             return transfer.to(torch.complex128 if like.dtype == torch.float64 else torch.complex64)
 
@@ -194,80 +199,31 @@ class _Filter(Operator):
 
         return self._cached(("gain", like.device, like.dtype), make)
 
+    def _axes(self, device):
+        """Matrices of the two axes where the filter is their Kronecker product, or None."""
+        return None
+
     def projector(self, y, observed=None):
         observed = self._observed(y, observed)
+        formula = FilterProjector
         if self._padding is not None:
-            return super().projector(y, observed)
-        if observed is None:
-            return _FilterProjector(self, y)
-        whole = observed.expand(y.shape).all(1)
-        if bool(whole.all()):
-            return _FilterProjector(self, y)
+            if self._axes(y.device) is None:
+                return super().projector(y, observed)
+            formula = SeparableProjector
+        whole = None if observed is None else observed.all(1)
+        if whole is None or bool(whole.all()):
+            return formula(self, y)
         if not bool(whole.any()):
             return super().projector(y, observed)
-        return _SplitProjector(self, y, observed, whole)
+        return SplitProjector(self, y, observed, whole)
 
     def norm(self):
-        if self._padding is not None:
-            return super().norm()
-        gain = self._gain(torch.zeros((), dtype=torch.float64))
-        norms = gain.flatten(1).amax(1).sqrt()
-        return norms if "_n_given" in self.__dict__ else float(norms)
-
-
-class _FilterProjector(AffineProjector):
-    """``x - A^T (A A^T)^+ (A x - y)`` where ``A A^T`` is diagonal in the Fourier domain."""
-
-    def __init__(self, op, y):
-        self._op = op
-        with torch.inference_mode(False), torch.no_grad():
-            self._y = y.detach().to(_wide(y))
-            gain = op._gain(self._y)
-            real = gain > _CUTOFF**2 * gain.amax((-3, -2, -1), keepdim=True)
-            self._inverse = torch.where(real, 1 / gain, 0.0)
-
-    def _correct(self, x, y):
-        op = self._op
-        op._check(x)
-        check_same_rows(x, self._y)
-        images = x.to(self._y.dtype)
-        residual = op.forward(images) - y
-        channels, height, width = op._image
-        step_h, step_w = op._factors
-        residual = residual.reshape(len(x), channels, height // step_h, width // step_w)
-        residual = op._filter(residual, self._inverse).flatten(1)
-        return (images - op.adjoint(residual)).to(x.dtype)
-
-    def __call__(self, x):
-        return self._correct(x, self._y)
-
-    def null(self, v):
-        return self._correct(v, 0.0)
-
-
-class _SplitProjector(AffineProjector):
-    """Rows that were measured whole by the formula, the others by conjugate gradients."""
-
-    def __init__(self, op, y, observed, whole):
-        self._parts = []
-        for rows, seen in ((whole, None), (~whole, observed)):
-            index = rows.nonzero().flatten()
-            part = op.given(op._params[index]) if "_n_given" in op.__dict__ else op
-            seen = None if seen is None else seen[index]
-            self._parts.append((index, part.projector(y[index], seen)))
-        self._y = y
-        self._order = torch.cat([index for index, _ in self._parts]).argsort()
-
-    def _apply(self, method, x):
-        check_same_rows(x, self._y)
-        parts = [getattr(projector, method)(x[rows]) for rows, projector in self._parts]
-        return torch.cat(parts)[self._order]
-
-    def __call__(self, x):
-        return self._apply("__call__", x)
-
-    def null(self, v):
-        return self._apply("null", v)
+        if self._padding is None:
+            gain = self._gain(torch.zeros((), dtype=torch.float64))
+            norms = gain.flatten(1).amax(1).sqrt()
+            return norms if "_n_given" in self.__dict__ else float(norms)
+        axes = self._axes(torch.device("cpu"))
+        return super().norm() if axes is None else math.prod(float(s[0]) for _, s, _ in axes)
 
 
 class Blur(_Filter):
@@ -296,13 +252,15 @@ class Blur(_Filter):
 
     Notes
     -----
-    With a periodic boundary the operator is diagonal in the Fourier domain: its norm is exact, and
-    so is the projection of rows that were measured whole. There, frequencies that the kernel damps
-    to less than 1e-7 of the one that it damps least count as lost: a projection leaves them as they
-    are. With other boundaries, and for rows with NaN, projections are found by conjugate gradients.
+    With a periodic boundary the operator is diagonal in the Fourier domain, and with a separable
+    kernel (of rank 1: Gaussians, boxes) it is so in the singular vectors of its two axes, whatever
+    the boundary: norm and projection are exact. What the kernel damps to less than 1e-7 of what it
+    damps least counts as lost, and a projection leaves it as it is. For other kernels with other
+    boundaries, and for rows with NaN, projections are found by conjugate gradients, which may take
+    hundreds of products.
 
-    Both amplify noise in the frequencies that the kernel damps, as every exact inverse does: start
-    at ``init="gaussian"`` (the default) rather than "mle" if the measurements are noisy.
+    All of them amplify noise in what the kernel damps, as every exact inverse does: start at
+    ``init="gaussian"`` (the default) rather than "mle" if the measurements are noisy.
 
     Examples
     --------
@@ -361,6 +319,28 @@ class Blur(_Filter):
         # On the extended grid pixel i begins where the kernel's last entry first reaches it.
         sizes = [n + k - 1 for n, k in zip(self._image[1:], kernel_shape, strict=True)]
         return [k - 1 for k in kernel_shape], sizes
+
+    def _axes(self, device):
+        """Singular value decompositions (U, s, V^T) of the two axes, for kernels of rank 1."""
+
+        def make():
+            if "_kernels" in self.__dict__:
+                return None
+            u, s, vt = np.linalg.svd(self._kernel)
+            if s[1:].max(initial=0.0) > 1e-14 * s[0]:
+                return None
+            lines = s[0] * u[:, 0], vt[0]
+            matrices = map(self._line_matrix, lines, self._image[1:])
+            return [torch.linalg.svd(matrix.to(device, wide(device))) for matrix in matrices]
+
+        return self._cached(("axes", device), make)
+
+    def _line_matrix(self, line, n):
+        """Convolution of a signal of n pixels with one line of the kernel."""
+        k = len(line)
+        mode = "edge" if n == 1 and self._padding != "constant" else self._padding
+        extended = np.pad(np.eye(n), ((k - 1 - k // 2, k // 2), (0, 0)), mode)
+        return torch.from_numpy(sum(line[j] * extended[k - 1 - j :][:n] for j in range(k)))
 
     def _index_of(self):
         """Which pixel lies at each place of the extended grid, per axis."""
@@ -465,11 +445,6 @@ class Downsampling(_Filter):
         # With the offset of the first value, so that every factor-th one counts from zero.
         origin, sizes = super()._origin_of(kernel_shape)
         return [c + (f - 1) // 2 for c, f in zip(origin, self._factors, strict=True)], sizes
-
-
-def _wide(like):
-    """Float64, where the device has it."""
-    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def _stuffed(images, factors):
