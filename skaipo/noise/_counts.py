@@ -109,7 +109,7 @@ class PoissonNoise(Likelihood):
         return float(self._parameter("gain").max() ** 2)
 
     def gaussian_fit(self, y):
-        """Mean ``y + 1/2`` and variance ``y + 1/2`` of the rate, in the units of ``f(x)``.
+        """Mean ``y`` and variance ``y + 1/2`` of the rate, in the units of ``f(x)``.
 
         Parameters
         ----------
@@ -119,8 +119,9 @@ class PoissonNoise(Likelihood):
         -------
         location, weight : Tensor, shape (n, m)
         """
-        gain, rate = self._tensor("gain", y), y.clamp_min(0.0) + 0.5
-        return (rate - self._tensor("background", y)) / gain, gain.square() / rate
+        gain = self._tensor("gain", y)
+        weight = gain.square() / (y.clamp_min(0.0) + 0.5)
+        return (y - self._tensor("background", y)) / gain, weight
 
     def _draw(self, clean, rng):
         rate = self._parameter("gain") * clean + self._parameter("background")
@@ -222,7 +223,11 @@ class BernoulliNoise(Likelihood):
         return float(largest * self._parameter("scale").min() ** -2)
 
     def gaussian_fit(self, y):
-        """A Newton step from the threshold, and the curvature there.
+        """What a Newton step from the threshold says, of noise as wide as the thresholds spread.
+
+        A bit tells little of how far above its threshold a measurement is. Thresholds are put where
+        measurements are expected, so that their spread stands in for that of the measurements:
+        the noise is taken to have the variance ``scale^2`` plus that of the thresholds.
 
         Parameters
         ----------
@@ -235,9 +240,10 @@ class BernoulliNoise(Likelihood):
         slope, curvature = (math.sqrt(2 / math.pi), 2 / math.pi)
         if self.link == "logistic":
             slope, curvature = 0.5, 0.25
-        scale = self._tensor("scale", y)
-        step = torch.where(y > 0, scale, -scale) * (slope / curvature)
-        return self._tensor("threshold", y) + step, (curvature / scale.square()).expand_as(y)
+        threshold = self._tensor("threshold", y)
+        width = (self._tensor("scale", y).square() + threshold.var(correction=0)).sqrt()
+        step = torch.where(y > 0, width, -width) * (slope / curvature)
+        return threshold + step, (curvature / width.square()).expand_as(y)
 
     def _draw(self, clean, rng):
         t = (clean - self._parameter("threshold")) / self._parameter("scale")

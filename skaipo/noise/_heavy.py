@@ -22,7 +22,7 @@ class LaplaceNoise(NoiseModel):
     scale : float or array-like of float, shape (m,)
         Mean absolute value of the noise, in the units of the measurements; its standard deviation
         is ``sqrt(2) * scale``.
-    smoothing : float, default=0.01
+    smoothing : float, default=0.001
         Half the width of the parabola, in scales. 0: none, the exact Laplace density.
 
     Raises
@@ -45,7 +45,7 @@ class LaplaceNoise(NoiseModel):
     tensor([3.])
     """
 
-    def __init__(self, scale, smoothing=0.01):
+    def __init__(self, scale, smoothing=0.001):
         self.scale = scale
         self.smoothing = smoothing
 
