@@ -12,7 +12,7 @@ from sklearn.utils.validation import _num_samples
 
 from skaipo._validation import check_lam
 from skaipo.estimators import AIPORegressor
-from skaipo.estimators._base import is_fitted, is_learnt, is_prior
+from skaipo.estimators._base import is_learnt, is_prior
 from skaipo.estimators._estimators import Continuation, Regressor
 from skaipo.metrics import (
     discrepancy_scorer,
@@ -33,7 +33,7 @@ def _grid(lams, eps, estimator):
             )
         prior = estimator._ready_prior()
         _, noise = estimator._bind(prior)
-        top = noise.max_curvature() * prior.flow_.data_scale() ** 2
+        top = noise.typical_curvature() * prior.flow_.data_scale() ** 2
         return np.geomspace(eps * top, top, int(lams)) if lams > 1 else np.array([top])
     grid = np.array([check_lam(lam) for lam in np.asarray(lams).ravel().tolist()])
     if len(grid) == 0:
@@ -293,9 +293,11 @@ class AIPORegressorCV(Continuation, Regressor):
         fitted.prior = self.prior_
         if is_learnt(self.op):
             fitted.op = self.op_
+        if hasattr(self, "noise_"):
+            fitted.noise = self.noise_
         lams = _grid(self.lams, self.eps, fitted)
         scorer = self._scorer(y)
-        frozen = is_fitted(self.prior) and not is_learnt(self.op)
+        frozen = self._is_ready()
         folds = list(check_cv(self.cv, None, classifier=False).split(X, y))
         targets = tuple(lams.tolist())
         # Where nothing is learnt in the folds and they share rows, one path serves all of them.

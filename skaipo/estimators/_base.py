@@ -80,7 +80,12 @@ class Reconstructor(ShortRepr, BaseEstimator):
 
     def _is_ready(self):
         """Whether there is nothing left to learn."""
-        return self.prior is not None and is_fitted(self.prior) and not is_learnt(self.op)
+        estimated = getattr(self.noise, "is_estimated", False)
+        return (
+            self.prior is not None
+            and is_fitted(self.prior)
+            and not (is_learnt(self.op) or estimated)
+        )
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -116,7 +121,8 @@ class Reconstructor(ShortRepr, BaseEstimator):
         ----------
         X : prior, or array-like of shape (n_samples, m), default=None
             ``fit(prior)`` takes a fitted prior, like ``set_params(prior=prior)``. Otherwise the
-            measurements, whose width is noted.
+            measurements, whose width is noted, and from which ``GaussianNoise("estimate")`` is
+            estimated.
         y : array-like of shape (n_samples, d), default=None
             Clean data, on which an unfitted ``prior`` is trained.
         prior : prior, default=None
@@ -162,9 +168,16 @@ class Reconstructor(ShortRepr, BaseEstimator):
             )
             flat, _, _ = check_batch(clean, name="y", dtype=torch.float64)
             self.op_ = self.op.learn(to_numpy(flat), to_numpy(measured))
-        op, _ = self._bind(self.prior_)
+        op = self._bind_op(self.prior_)
+        noise = self._noise_for(op)
+        vars(self).pop("noise_", None)
         if X is not None:
-            self._measurements(X, op, reset=True)
+            measured, _, _ = self._measurements(X, op, reset=True)
+            noise.check_measurements(measured)
+            if noise.is_estimated:
+                self.noise_ = noise = noise.estimate(measured, op)
+        if not noise.is_estimated:
+            noise.bind(op.n_measurements_)
         # (What is X itself has been checked.)
         d = op.n_features_in_
         if clean is not None and clean is not X and math.prod(clean.shape[1:]) != d:
@@ -218,6 +231,18 @@ class Reconstructor(ShortRepr, BaseEstimator):
         )
 
     def _bind(self, prior):
+        op = self._bind_op(prior)
+        noise = self._noise_for(op)
+        if noise.is_estimated:
+            if not hasattr(self, "noise_"):
+                raise NotFittedError(
+                    f"The noise of this {type(self).__name__} is still to be estimated: call "
+                    f"fit(Y) with measurements, or pass a number, noise=GaussianNoise(sigma)."
+                )
+            noise = self.noise_
+        return op, noise.bind(op.n_measurements_)
+
+    def _bind_op(self, prior):
         if self.op is None:
             raise ValueError(
                 f"{type(self).__name__} needs a forward operator: pass op, for example "
@@ -231,11 +256,13 @@ class Reconstructor(ShortRepr, BaseEstimator):
                     f"fit(Y, X_clean)."
                 )
             op = self.op_
-        op = as_operator(op).bind(prior.event_shape_)
-        noise = self.noise
-        if noise is None and op.implied_sigma is not None:
-            noise = GaussianNoise(op.implied_sigma)
-        return op, as_noise(noise).bind(op.n_measurements_)
+        return as_operator(op).bind(prior.event_shape_)
+
+    def _noise_for(self, op):
+        """The noise model; where none is given, what the operator says of its noise."""
+        if self.noise is None and op.implied_sigma is not None:
+            return GaussianNoise(op.implied_sigma)
+        return as_noise(self.noise)
 
     def _measurements(self, Y, op, reset=False, flow=None, mask=None):
         estimator = self if reset or hasattr(self, "n_features_in_") else None
@@ -313,6 +340,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         flow = prior.flow_
         op, noise = self._bind(prior)
         y, layout, _ = self._measurements(Y, op, flow=flow, mask=mask)
+        noise.check_measurements(y)
         params = op.check_params(op_params, len(y), like=y)
         starts = self._starts(y, flow, op)
         method = self._method()
