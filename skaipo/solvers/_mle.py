@@ -96,12 +96,12 @@ def mle_start(objective, *, max_evals=500, tol=1e-3, solver="pgd", method=None):
     check_choice("mle_solver", solver, MLE_SOLVERS)
     feasible = _Feasible(objective)
     # From the mode of the latent space: the nearest feasible image to G(0).
-    zero = objective.y.new_zeros(len(objective), objective.n_features)
-    start = objective.in_space("latent").image(zero)
+    start = objective.centre()
     if solver == "lbfgs":
         method = LBFGS() if method is None else method
         free = feasible.free().nonzero().flatten()
-        if len(free) and max_evals > 2:
+        # (A flow without a latent space to search in begins in the null space.)
+        if len(free) and max_evals > 2 and objective.flow.has_inverse:
             start[free] = _penalised(objective, free, max_evals // 2)
     elif method is None:
         method = Adam(learning_rate=0.05, final_rate=0.1)
