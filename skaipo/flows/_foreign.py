@@ -5,12 +5,14 @@ No library is imported here: an object says by its class where it comes from.
 
 import io
 import math
+import operator
 import pickle
 import weakref
 
 import torch
 from torch import nn
 from torch.distributions import Distribution, Independent, TransformedDistribution
+from torch.distributions.transforms import _InverseTransform
 
 from skaipo._handle import Pickler
 from skaipo.flows._base import Flow
@@ -566,6 +568,14 @@ class FreiaFlow(_ModuleFlow):
 # ------------------------------------------------------------------------------ distributions
 
 
+class _DistributionPickler(Pickler):
+    def reducer_override(self, obj):
+        # torch forgets what an inverse is the inverse of: Transform.__getstate__ drops it.
+        if type(obj) is _InverseTransform:
+            return operator.attrgetter("inv"), (obj._inv,)
+        return super().reducer_override(obj)
+
+
 class _DistributionFlow(ForeignFlow):
     """A flow that is no module: its tensors become buffers, the rest is kept as a pickle.
 
@@ -574,10 +584,10 @@ class _DistributionFlow(ForeignFlow):
     """
 
     def __init__(self, obj, event_shape):
-        file = io.BytesIO()
-        pickler = Pickler(file)
+        essence, file = self._essence(obj), io.BytesIO()
+        pickler = _DistributionPickler(file)
         try:
-            pickler.dump(self._essence(obj))
+            pickler.dump(essence)
         except Exception as error:
             raise TypeError(
                 f"{_name(obj)} cannot be taken apart, because part of it does not pickle: {error}"

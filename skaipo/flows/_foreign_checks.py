@@ -62,6 +62,8 @@ def gaussian_of(log_prob, like, d, name):
         gradient, precision = gradient[0].double(), -curvature.double()
         if len(directions) == 1 and d > 1:
             variance = 1 / precision[0]
+            if not bool((variance > 0).all()):
+                continue
             loc, factor = variance * gradient, variance.sqrt()
         else:
             root, failed = torch.linalg.cholesky_ex((precision + precision.T) / 2)
