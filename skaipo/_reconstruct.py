@@ -303,7 +303,7 @@ def _solutions(problem, objective, start, history):
     # replace nearly always: it is another start for the sake of being another.)
     fallback = None
     if isinstance(start, str) and start != "zero":
-        fallback = objective.in_space("latent").image(z0) if objective.space == "image" else z0
+        fallback = objective.centre() if objective.space == "image" else z0
     if isinstance(start, str) and start == "gaussian":
         # Where a path has a trunk the start is that of the trunk, whatever the targets.
         trunk = getattr(problem.schedule, "trunk", lambda objective: lams)(objective)
@@ -315,7 +315,8 @@ def _solutions(problem, objective, start, history):
     elif not mle:
         u0 = z0 if isinstance(start, str) else start
         if objective.space == "image":
-            u0 = objective.in_space("latent").image(u0)
+            known = isinstance(start, str)
+            u0 = objective.centre() if known else objective.in_space("latent").image(u0)
             objective.n_evals += 1
     if problem.surrogate is not None and objective.metric is None and objective.space == "image":
         # The curvature of an operator that is not linear, where the solver begins.

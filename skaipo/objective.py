@@ -201,6 +201,12 @@ class MAPObjective:
             return u
         return self._evaluator.inverse(u)[0]
 
+    def centre(self):
+        """An image to begin with that knows nothing of the measurements, for all rows (n, d)."""
+        if not self.flow.has_inverse:
+            return self.flow.centre().expand(len(self), -1)
+        return self.in_space("latent").image(self.y.new_zeros(len(self), self.n_features))
+
     def evaluate(self, u, rows=None):
         """Values and gradients of both terms.
 

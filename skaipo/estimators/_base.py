@@ -17,6 +17,7 @@ from skaipo._checkpoint import Checkpoint, describe_run
 from skaipo._progress import Progress
 from skaipo._reconstruct import Problem, Reconstruction, solve_chunk
 from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
+from skaipo.flows import is_flow
 from skaipo.noise import GaussianNoise, as_noise
 from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
@@ -139,11 +140,11 @@ class Reconstructor(ShortRepr, BaseEstimator):
         ValueError
             If the prior or the operator is not fitted and there is no clean data to fit it on.
         """
-        if is_prior(X) or isinstance(X, torch.nn.Module):
+        if is_prior(X) or is_flow(X):
             if prior is not None:
                 raise TypeError("Got two priors: pass it once, as fit(prior).")
             X, prior = None, X
-        if isinstance(prior, torch.nn.Module):
+        if is_flow(prior):
             prior = FlowPrior(flow=prior)
         if prior is not None:
             if not is_prior(prior):
@@ -157,7 +158,8 @@ class Reconstructor(ShortRepr, BaseEstimator):
         if is_fitted(self.prior):
             self.prior_ = self.prior
         elif clean is None:
-            raise self._nothing_to_learn_from(f"The prior {type(self.prior).__name__}")
+            why = getattr(self.prior, "_unfitted_because", "")
+            raise self._nothing_to_learn_from(f"The prior {type(self.prior).__name__}", why)
         else:
             self.prior_ = clone(self.prior).fit(clean)
         if is_learnt(self.op):
@@ -203,11 +205,11 @@ class Reconstructor(ShortRepr, BaseEstimator):
             y = y.reshape(-1, 1)
         return y
 
-    def _nothing_to_learn_from(self, what):
+    def _nothing_to_learn_from(self, what, why=""):
         name = type(self).__name__
         return ValueError(
             f"{what} is not fitted, so that {name} requires y to be passed, but the target y is "
-            f"None. Pass clean data, {name}.fit(Y, X_clean), or a fitted one."
+            f"None. Pass clean data, {name}.fit(Y, X_clean), or a fitted one.{why}"
         )
 
     def _no_prior(self):
@@ -227,7 +229,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             raise self._no_prior()
         raise NotFittedError(
             f"The prior of this {type(self).__name__} is not fitted yet: call fit(Y, X_clean), or "
-            f"fit the prior before."
+            f"fit the prior before.{getattr(self.prior, '_unfitted_because', '')}"
         )
 
     def _bind(self, prior):
@@ -314,6 +316,8 @@ class Reconstructor(ShortRepr, BaseEstimator):
             first = "gaussian"
         kinds = [first, *(kind for kind in ("zero", "mle") if kind != first)][: self.n_starts]
         kinds += ["random"] * (self.n_starts - len(kinds))
+        if not flow.has_inverse:
+            self._check_needs_no_samples(kinds)
         # Drawn for all rows at once: a row's start does not depend on the chunk it falls in.
         rng = check_random_state(self.random_state)
         return [
@@ -324,6 +328,23 @@ class Reconstructor(ShortRepr, BaseEstimator):
             else kind
             for kind in kinds
         ]
+
+    def _check_needs_no_samples(self, kinds):
+        """Refuse what needs the direction from latents to data."""
+        asked = [
+            text
+            for text, is_asked in (
+                ("space='latent'", self.space == "latent"),
+                ("init='zero'", self.init == "zero"),
+                ("a random start (init='random' or n_starts above 3)", "random" in kinds),
+            )
+            if is_asked
+        ]
+        if asked:
+            raise ValueError(
+                f"The prior's flow has no direction from latents to data, which {asked[0]} needs: "
+                f"use space='image' with init='gaussian' or 'mle'."
+            )
 
     def _check_repeatable(self, starts):
         """Refuse to keep what the same call, in another process, would not find again."""

@@ -165,15 +165,14 @@ class GaussianSurrogate:
 
 
 def surrogate_of(flow, seed=0):
-    """The surrogate of a flow, from samples with a fixed seed; cached by what the flow holds."""
+    """The surrogate of a flow, from its samples or clean data; cached by what the flow holds."""
     try:
         key = fingerprint(flow)
     except Exception:  # Pickling runs the objects' own code; a flow that does not pickle is itself.
         key = flow, fingerprint(dict(flow.state_dict()))
     if key not in _CACHE:
-        generator = torch.Generator().manual_seed(seed)
-        batches = [flow.sample(64, generator=generator).flatten(1) for _ in range(_N_SAMPLES // 64)]
-        _CACHE[key] = GaussianSurrogate.from_samples(torch.cat(batches).cpu(), flow.event_shape)
+        x = flow.typical(_N_SAMPLES, seed).cpu()
+        _CACHE[key] = GaussianSurrogate.from_samples(x, flow.event_shape)
         while len(_CACHE) > _CACHE_SIZE:
             _CACHE.popitem(last=False)
     _CACHE.move_to_end(key)

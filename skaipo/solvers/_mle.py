@@ -125,11 +125,11 @@ def mle_start(objective, *, max_evals=500, tol=1e-3, solver="pgd", method=None):
         return _sequential(objective, everyone, max_evals, tol, method)
     feasible = _Feasible(objective)
     # From the mode of the latent space: the nearest feasible image to G(0).
-    zero = objective.y.new_zeros(len(objective), objective.n_features)
-    start = objective.in_space("latent").image(zero)
+    start = objective.centre()
     if solver == "lbfgs":
         free = feasible.free().nonzero().flatten()
-        if len(free) and max_evals > 2:
+        # (A flow without a latent space to search in begins in the null space.)
+        if len(free) and max_evals > 2 and objective.flow.has_inverse:
             start[free] = penalised(objective, free, max_evals // 2).evaluation.x
     one = torch.ones_like(objective.y[:, 0])
     solution = minimize(feasible, start, one, method, max_evals=max_evals, tol=tol)
@@ -196,17 +196,18 @@ def _closer(objective, x, steps=20):
 
 
 def penalised(objective, rows, max_evals, noise=None, tol=0.01):
-    """Images that nearly fit, of high density: eq. 4 with a penalty, in latent space.
+    """Images that nearly fit, of high density: eq. 4 with a penalty (in latent space, if any).
 
     (Multipliers, tried in rounds of the same total budget, ended lower in density.)
     """
-    problem = objective.select(rows, space="latent", penalty="density")
+    space = "latent" if objective.flow.has_inverse else "image"
+    problem = objective.select(rows, space=space, penalty="density")
     y = problem.y
     lam = torch.full_like(y[:, 0], _STIFFNESS)
     if noise is None:
         problem.noise = SquaredError().bind(y.shape[1])
         lam *= 2.0 * objective.flow.data_scale() ** 2
-    z = y.new_zeros(len(y), objective.n_features)
-    solution = minimize(problem, z, lam, LBFGS(), max_evals=max_evals, tol=tol, anneal=False)
+    u = y.new_zeros(len(y), objective.n_features) if space == "latent" else problem.centre()
+    solution = minimize(problem, u, lam, LBFGS(), max_evals=max_evals, tol=tol, anneal=False)
     objective.n_evals[rows] = problem.n_evals
     return solution
