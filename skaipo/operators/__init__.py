@@ -12,12 +12,14 @@ from skaipo.operators._convert import as_operator
 from skaipo.operators._filters import Blur, Downsampling, gaussian_kernel
 from skaipo.operators._fourier import MaskedFourier
 from skaipo.operators._linear import CompressedSensing, LeastSquaresOperator, MatrixOperator
+from skaipo.operators._nonlinear import Clipping, NonlinearOperator, PhaseRetrieval
 from skaipo.operators._per_sample import PerSampleMatrix
 from skaipo.operators._pixels import Denoising, Inpainting
 
 __all__ = [
     "AffineProjector",
     "Blur",
+    "Clipping",
     "Compose",
     "CompressedSensing",
     "Denoising",
@@ -26,8 +28,10 @@ __all__ = [
     "LeastSquaresOperator",
     "MaskedFourier",
     "MatrixOperator",
+    "NonlinearOperator",
     "Operator",
     "PerSampleMatrix",
+    "PhaseRetrieval",
     "Stack",
     "as_operator",
     "gaussian_kernel",

@@ -113,7 +113,7 @@ def check_adjoint(name, linear, adjoint, x, n_measurements, tolerance, remedy):
         if error > tolerance:
             i = int(((left - right).abs() / size).nan_to_num().argmax())
             raise ValueError(
-                f"The adjoint of {name} is not its transpose: <f(x), y> = {float(left[i]):.6g} but "
-                f"<x, adjoint(y)> = {float(right[i]):.6g}, a relative error of {error:.1e} where "
+                f"The adjoint of {name} is not its transpose: <f(x), y> = {float(left[i]):.9g} but "
+                f"<x, adjoint(y)> = {float(right[i]):.9g}, a relative error of {error:.1e} where "
                 f"{tolerance:.0e} is rounding. {remedy}"
             )

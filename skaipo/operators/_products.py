@@ -63,7 +63,7 @@ class ProductsOperator(ForeignOperator):
         )
         straight, error = self._check_all(
             lambda rows: self._product(rows, False),
-            lambda rows: self._product(rows, False),
+            lambda rows: self._product(rows, False) - self._product(0 * rows, False),
             lambda rows: self._product(rows, True),
             x,
             m,
