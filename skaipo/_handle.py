@@ -18,15 +18,15 @@ try:
 except ImportError:  # joblib < 1.6 brings its own
     from joblib.externals import cloudpickle
 
-__all__ = ["pack_module", "unpack_module"]
+__all__ = ["Pickler", "pack_module", "unpack_module"]
 
 _ALIGNMENT = 64
 # Module -> (versions of its tensors, packed state); a module that changed is packed again.
 _PACKED = weakref.WeakKeyDictionary()
 
 
-class _Pickler(cloudpickle.CloudPickler):
-    """Pickles a module's structure; its tensors become indices into a table."""
+class Pickler(cloudpickle.CloudPickler):
+    """Pickles an object's structure; its tensors become indices into the list ``tensors``."""
 
     def __init__(self, file):
         super().__init__(file)
@@ -65,7 +65,7 @@ def pack_module(module):
     if known is not None and known[0] == versions:
         return known[1]
     file = io.BytesIO()
-    pickler = _Pickler(file)
+    pickler = Pickler(file)
     pickler.dump(module)
     table, parts, offset = [], [], 0
     for tensor in pickler.tensors:

@@ -140,8 +140,7 @@ class MAPObjective:
         self.noise = noise
         self.space = check_choice("space", space, SPACES)
         self.penalty = check_choice("penalty", penalty, PENALTIES)
-        measured = torch.tensor(op.measured_, device=y.device)
-        self.observed = measured & ~y.isnan()
+        self.observed = op.given(params).measured(y) & ~y.isnan()
         self.y = torch.where(self.observed, y, 0.0)
         self.n_evals = torch.zeros(len(y), dtype=torch.long, device=y.device)
         self._metric = None
@@ -178,7 +177,7 @@ class MAPObjective:
 
     def operator(self, rows):
         """The operator for some rows (k,); the same for all where it takes no parameters."""
-        return self.op if self.params is None else self.op.given(self.params[rows])
+        return self.op.given(None if self.params is None else self.params[rows])
 
     @property
     def n_features(self):
@@ -201,6 +200,12 @@ class MAPObjective:
         if self.space == "image":
             return u
         return self._evaluator.inverse(u)[0]
+
+    def centre(self):
+        """An image to begin with that knows nothing of the measurements, for all rows (n, d)."""
+        if not self.flow.has_inverse:
+            return self.flow.centre().expand(len(self), -1)
+        return self.in_space("latent").image(self.y.new_zeros(len(self), self.n_features))
 
     def evaluate(self, u, rows=None):
         """Values and gradients of both terms.

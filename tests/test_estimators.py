@@ -360,9 +360,9 @@ def starts_used(monkeypatch, model, Y):
     """The starts that reach the solver."""
     seen, inner = [], _reconstruct.solve_chunk
 
-    def solve(problem, y, starts):
+    def solve(problem, y, starts, params=None):
         seen.append((starts, problem.surrogate is not None))
-        return inner(problem, y, starts)
+        return inner(problem, y, starts, params)
 
     monkeypatch.setattr("skaipo.estimators._base.solve_chunk", solve)
     result = model.reconstruct(Y)

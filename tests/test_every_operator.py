@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from numpy.testing import assert_allclose
+from scipy.ndimage import convolve
 from scipy.sparse.linalg import LinearOperator
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
@@ -21,11 +22,16 @@ from torch import nn
 from skaipo import AIPORegressor, GaussianPrior
 from skaipo.noise import GaussianNoise
 from skaipo.operators import (
+    Blur,
+    Compose,
     CompressedSensing,
     Denoising,
+    Downsampling,
     Inpainting,
+    MaskedFourier,
     MatrixOperator,
     Operator,
+    Stack,
     as_operator,
 )
 
@@ -127,6 +133,16 @@ def differences(shape, axis):
     return np.diff(np.eye(D).reshape(*shape, D), axis=axis).reshape(-1, D)
 
 
+def blurred(mode):
+    images = np.eye(D).reshape(D, 4, 4)
+    return np.stack([convolve(image, KERNEL.numpy(), mode=mode).ravel() for image in images], 1)
+
+
+def frequencies(mask):
+    spectra = np.fft.fft2(np.eye(D).reshape(D, 4, 4), norm="ortho").reshape(D, D) * mask
+    return np.hstack([spectra.real, spectra.imag]).T
+
+
 def circular_blur(x):
     # deepinv convolves: with the kernel turned around.
     padded = nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
@@ -148,6 +164,27 @@ KINDS = {
     "compressed sensing": Kind(
         lambda: CompressedSensing(6, random_state=1),
         lambda: np.random.default_rng(1).standard_normal((6, D)) / np.sqrt(6),
+    ),
+    "blur": Kind(lambda: Blur(KERNEL), lambda: blurred("grid-wrap")),
+    "blur, reflected": Kind(lambda: Blur(KERNEL, "reflect"), lambda: blurred("reflect")),
+    "downsampling": Kind(
+        lambda: Downsampling(2),
+        lambda: np.eye(D).reshape(2, 2, 2, 2, D).mean((1, 3)).reshape(4, D),
+    ),
+    "masked Fourier": Kind(lambda: MaskedFourier(MASK.reshape(4, 4)), lambda: frequencies(MASK)),
+    "pixels of a blur": Kind(
+        lambda: Compose(Inpainting(MASK), Blur(KERNEL)),
+        lambda: MASK[:, None] * blurred("grid-wrap"),
+    ),
+    "matrix after blur": Kind(
+        lambda: Compose(MatrixOperator(MATRIX, OFFSET), Blur(KERNEL, "zero")),
+        lambda: MATRIX @ blurred("constant"),
+        OFFSET,
+    ),
+    "stack": Kind(
+        lambda: Stack([Downsampling((4, 1)), Inpainting(MASK), MatrixOperator(MATRIX, OFFSET)]),
+        lambda: np.vstack([np.tile(np.eye(4) / 4, 4), np.diag(1.0 * MASK), MATRIX]),
+        np.concatenate([np.zeros(4 + D), OFFSET]),
     ),
     "array": Kind(lambda: MATRIX, lambda: MATRIX),
     "scipy sparse": Kind(lambda: SPARSE, lambda: SPARSE.toarray()),
@@ -335,16 +372,22 @@ def test_pickle(op):
 # ------------------------------------------------------------------------------ the estimators
 
 
+def plain_params(op):
+    """Its parameters and those of its parts, but not the parts, which are cloned."""
+    params = op.get_params().items()
+    return {name: value for name, value in params if not isinstance(value, Operator | list)}
+
+
 def test_clone_copies_no_array(obj):
     op = as_operator(obj)
     other = clone(op)
     assert other is not op
-    for name, value in op.get_params().items():
-        assert getattr(other, name) is value
+    for name, value in plain_params(op).items():
+        assert other.get_params()[name] is value
     copied = clone(model(obj))
     if isinstance(obj, Operator):
-        for name, value in obj.get_params().items():
-            assert getattr(copied.op, name) is value
+        for name, value in plain_params(obj).items():
+            assert copied.op.get_params()[name] is value
     else:
         assert copied.op is obj
 

@@ -1,5 +1,6 @@
 """The flow interface and the multi-scale architecture that the package's flows share."""
 
+import copy
 import math
 import zlib
 from itertools import pairwise
@@ -26,6 +27,9 @@ class Flow(nn.Module):
     log-determinant of its own direction; the Jacobian of the standardisation is accounted for
     here, so that ``log_prob`` is a density in the units of ``x``. A ``config()`` that returns the
     JSON-serialisable constructor arguments, with the class name as "class", makes a flow savable.
+    A flow that cannot generate sets ``has_inverse = False`` and leaves ``_generate`` out: it has a
+    density, and takes what others learn from their samples from clean data
+    (:meth:`with_clean_data`).
 
     Parameters
     ----------
@@ -39,7 +43,14 @@ class Flow(nn.Module):
     event_shape : tuple of int
     n_features : int
         Number of entries of one event, which is also the dimension of ``z``.
+    has_inverse : bool
+        Whether data can be generated from latents.
+    clean : torch.Tensor of shape (k, d), or None
+        Clean data in place of samples; see :meth:`with_clean_data`.
     """
+
+    has_inverse = True
+    clean = None
 
     def __init__(self, event_shape, loc=0.0, scale=1.0):
         super().__init__()
@@ -91,7 +102,17 @@ class Flow(nn.Module):
         x : torch.Tensor of shape (n, *event_shape)
         log_det : torch.Tensor of shape (n,)
             ``log |det dx/dz|`` in nats.
+
+        Raises
+        ------
+        NotImplementedError
+            If the flow has no such direction.
         """
+        if not self.has_inverse:
+            raise NotImplementedError(
+                f"{type(self).__name__} has no direction from latents to data: it cannot sample or "
+                f"be used in latent space. It has a density, which is enough for space='image'."
+            )
         x, log_det = self._generate(z)
         log_det = log_det + self.n_features * self.scale.log()
         return x * self.scale + self.loc, log_det.expand(len(z))
@@ -133,19 +154,22 @@ class Flow(nn.Module):
             The same one until a parameter or ``memory`` is changed. (Layers that are replaced are
             not noticed: what is evaluated is a frozen flow.)
         """
-        # The contents themselves: a version counter does not see what is written through ``.data``
-        # or a view by numpy.
-        digest = 0
-        for tensor in (*self.parameters(), *self.buffers()):
-            raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            digest = zlib.crc32(to_numpy(raw), digest)
-        key = kernels(), memory, self.training, self.loc.dtype, self.loc.device, digest
+        key = kernels(), memory, self.training, self.loc.dtype, self.loc.device, self._digest()
         known = self.__dict__.get("_evaluator")
         if known is None or known[0] != key:
             # Tensors born in inference mode could not be written to outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 known = self.__dict__["_evaluator"] = key, self._evaluator_for(memory)
         return known[1]
+
+    def _digest(self):
+        # The contents themselves: a version counter does not see what is written through ``.data``
+        # or a view by numpy.
+        digest = 0
+        for tensor in (*self.parameters(), *self.buffers()):
+            raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            digest = zlib.crc32(to_numpy(raw), digest)
+        return digest
 
     def release_workspaces(self):
         """Let go of the memory that the evaluator keeps for its next call."""
@@ -160,6 +184,73 @@ class Flow(nn.Module):
         state = super().__getstate__()
         return {key: value for key, value in state.items() if key != "_evaluator"}
 
+    def with_clean_data(self, x):
+        """A copy, with shared parameters, that knows the moments of its data without sampling.
+
+        Parameters
+        ----------
+        x : torch.Tensor of shape (n, d) or (n, *event_shape)
+            Clean data. At most 1024 rows are kept, spread evenly over all.
+
+        Returns
+        -------
+        flow : Flow
+        """
+        x = x.detach().reshape(len(x), -1).to(self.loc.dtype).cpu()
+        if len(x) < 4 or not float(x.std(0).max()) > 0:
+            raise ValueError(
+                f"{type(self).__name__} has no direction from latents to data and takes mean and "
+                f"covariance from clean data: pass at least 4 samples that differ (better some "
+                f"hundred), got {len(x)}."
+            )
+        other = copy.copy(self)
+        kept = torch.linspace(0, len(x) - 1, min(len(x), 1024), dtype=torch.float64)
+        other.clean = x[kept.round().long()].clone()
+        other._data_scale = None
+        return other
+
+    def typical(self, n_samples, seed=0):
+        """Images like those of the prior: samples with a fixed seed, or clean data.
+
+        Parameters
+        ----------
+        n_samples : int
+        seed : int, default=0
+
+        Returns
+        -------
+        x : torch.Tensor of shape (n_samples, d)
+            Fewer if there are fewer clean data.
+
+        Raises
+        ------
+        ValueError
+            If the flow cannot sample and has no clean data.
+        """
+        if self.has_inverse:
+            generator = torch.Generator().manual_seed(seed)
+            sizes = [64] * (n_samples // 64) + [n_samples % 64] * bool(n_samples % 64)
+            return torch.cat([self.sample(n, generator=generator).flatten(1) for n in sizes])
+        if self.clean is None:
+            raise ValueError(
+                f"{type(self).__name__} has no direction from latents to data, so that the mean "
+                f"and covariance of its data cannot be found by sampling. Give them by clean data: "
+                f"FlowPrior(flow=flow).fit(X). (Nothing is trained.)"
+            )
+        return self.clean[:n_samples]
+
+    def centre(self):
+        """The image where a search begins that knows nothing: G(0), or the mean of clean data.
+
+        Returns
+        -------
+        x : torch.Tensor of shape (1, d)
+        """
+        if self.has_inverse:
+            with torch.no_grad():
+                return self.inverse(self.loc.new_zeros(1, self.n_features)).flatten(1)
+        return self.typical(1024).mean(0, keepdim=True).to(self.loc)
+
     def data_scale(self):
         """Typical standard deviation of one entry of the data, by a few fixed samples.
 
@@ -167,13 +258,17 @@ class Flow(nn.Module):
         number, so that it can be divided by.
         """
         if getattr(self, "_data_scale", None) is None:
-            x = self.sample(32, generator=torch.Generator().manual_seed(0)).flatten(1)
+            x = self.typical(32 if self.has_inverse else 1024)
             x = x[x.isfinite().all(1)]
             self._data_scale = 1.0
             if len(x):
-                # Robust against the few wild samples that an imperfect flow may give.
-                spread = (x - x.median(0).values).abs().median(0).values.square().mean().sqrt()
-                self._data_scale = max(1.4826 * float(spread), torch.finfo(x.dtype).tiny)
+                if self.has_inverse:
+                    # Robust against the few wild samples that an imperfect flow may give.
+                    spread, factor = (x - x.median(0).values).abs().median(0).values, 1.4826
+                else:
+                    spread, factor = x.std(0), 1.0
+                spread = factor * float(spread.square().mean().sqrt())
+                self._data_scale = max(spread, torch.finfo(x.dtype).tiny)
         return self._data_scale
 
     def sample(self, n_samples=1, temperature=1.0, generator=None):

@@ -67,8 +67,33 @@ class NonlinearOperator(Operator):
                 f"{type(self).__name__}(fn) must be a function of a tensor of images "
                 f"(n, *event_shape), got {type(self.fn).__name__}."
             )
-        self.measurement_shape_ = self._dry_run()
-        self.n_measurements_ = math.prod(self.measurement_shape_)
+        shape = self.out_shape
+        if shape is None and self.takes_params:
+            raise ValueError(
+                f"{type(self).__name__}(takes_params=True) needs out_shape, the shape of one "
+                f"measurement: there are no parameters yet to try fn with."
+            )
+        if shape is None:
+            self.measurement_shape_ = self._dry_run()
+        else:
+            shape = (shape,) if isinstance(shape, numbers.Integral) else tuple(shape)
+            if not shape or not all(isinstance(s, numbers.Integral) and s > 0 for s in shape):
+                raise ValueError(
+                    f"{type(self).__name__}(out_shape) must hold positive sizes, got "
+                    f"{self.out_shape!r}."
+                )
+            self.measurement_shape_ = tuple(int(s) for s in shape)
+            if not self.takes_params:
+                found = self._dry_run()
+                if math.prod(found) != math.prod(shape):
+                    raise ValueError(
+                        f"{type(self).__name__}: fn makes measurements of shape {found}, but "
+                        f"out_shape is {self.out_shape!r}."
+                    )
+
+    def _given(self, params):
+        # (The parameters are kept by the base class.)
+        pass
 
     def _dry_run(self):
         """The shape of a measurement, by a call with two images."""
@@ -127,7 +152,9 @@ class NonlinearOperator(Operator):
         return self._cached(("fn", like.device, like.dtype), make)
 
     def _call(self, x):
-        return self._function(x)(x.reshape(len(x), *self.event_shape_))
+        x = x.reshape(len(x), *self.event_shape_)
+        params = (self._params,) if "_n_given" in self.__dict__ else ()
+        return self._function(x)(x, *params)
 
     def forward(self, x):
         self._check(x)
@@ -138,17 +165,6 @@ class NonlinearOperator(Operator):
                 f"{self.n_measurements_} when it was bound."
             )
         return y
-
-    def adjoint(self, y):
-        raise TypeError(f"{type(self).__name__} is not linear: it has no adjoint.")
-
-    def projector(self, y, observed=None):
-        raise TypeError(
-            f"{type(self).__name__} is not linear: there is no projection onto f(x) = y."
-        )
-
-    def norm(self):
-        raise TypeError(f"{type(self).__name__} is not linear: it has no norm.")
 
 
 class Clipping(NonlinearOperator):
@@ -179,7 +195,6 @@ class Clipping(NonlinearOperator):
         if self.low is not None and self.high is not None and self.low >= self.high:
             raise ValueError(f"Clipping needs low < high, got {self.low} and {self.high}.")
         self.measurement_shape_ = self.event_shape_
-        self.n_measurements_ = self.n_features_in_
 
     def _call(self, x):
         return x.clamp(self.low, self.high)
@@ -225,14 +240,14 @@ class PhaseRetrieval(NonlinearOperator):
             )
         self.linear_ = op.bind(self.event_shape_)
         self._pairs = bool(pairs)
-        self.n_measurements_ = self.linear_.n_measurements_ // (2 if self._pairs else 1)
-        self.measurement_shape_ = (self.n_measurements_,)
+        self._n_magnitudes = self.linear_.n_measurements_ // (2 if self._pairs else 1)
+        self.measurement_shape_ = (self._n_magnitudes,)
 
     def _call(self, x):
         y = self.linear_.forward(x)
         power = y.square()
         if self._pairs:
-            real, imaginary = power.unflatten(1, (2, self.n_measurements_)).unbind(1)
+            real, imaginary = power.unflatten(1, (2, self._n_magnitudes)).unbind(1)
             power = real + imaginary
         if self.squared:
             return power
@@ -255,36 +270,46 @@ class Linearisation(Operator):
     """
 
     def __init__(self, op, x0):
-        self.event_shape_, self.n_features_in_ = op.event_shape_, op.n_features_in_
-        self.n_measurements_, self.measured_ = op.n_measurements_, op.measured_
-        self.measurement_shape_ = op.measurement_shape_
-        with torch.enable_grad():
+        for name in ("event_shape", "n_features_in", "n_measurements", "measurement_shape"):
+            setattr(self, f"{name}_", getattr(op, f"{name}_"))
+        self.measured_, self.precision_ = op.measured_, x0.dtype
+        self._measured = op.measured(x0)
+        # Its rows are not alike.
+        self._n_given = len(x0)
+        with torch.inference_mode(False), torch.enable_grad():
             self._x0 = x0.detach().clone().requires_grad_()
             self._y0 = op.forward(self._x0)
             self._w = torch.zeros_like(self._y0, requires_grad=True)
-            # Linear in w; its derivative is the Jacobian.
+            # Linear in w: its derivative is the Jacobian.
             (self._pull,) = torch.autograd.grad(self._y0, self._x0, self._w, create_graph=True)
-        self.constant = self._y0.detach() - self.linear(self._x0.detach())
+        self._constant = self._y0.detach() - self.linear(self._x0.detach())
 
     def _setup(self):
         raise TypeError("A Linearisation is made of a bound operator.")
 
-    def linear(self, v):
+    def _derivative(self, of, by, v):
+        with torch.inference_mode(False):
+            (out,) = torch.autograd.grad(
+                of, by, v.to(of).clone(), retain_graph=True, materialize_grads=True
+            )
+        return out.to(v.dtype)
+
+    def linear(self, x):
         if not self._pull.requires_grad:
-            return torch.zeros_like(self._y0)
-        (out,) = torch.autograd.grad(
-            self._pull, self._w, v, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return out
+            return torch.zeros_like(self._y0).to(x.dtype)
+        return self._derivative(self._pull, self._w, x)
 
     def forward(self, x):
-        return self.constant + self.linear(x)
+        return self._constant.to(x.dtype) + self.linear(x)
+
+    def _origin(self, like):
+        return self._constant.to(like.dtype)
 
     def adjoint(self, y):
-        (out,) = torch.autograd.grad(
-            self._y0, self._x0, y, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return out
+        return self._derivative(self._y0, self._x0, y)
+
+    def measured(self, like):
+        return self._measured
 
     def __getstate__(self):
         raise TypeError("A Linearisation does not pickle: it holds a graph.")

@@ -47,7 +47,8 @@ class PerSampleMatrix(Operator):
     def _setup(self):
         if not _is_int(self.n_measurements):
             raise TypeError(
-                f"PerSampleMatrix(n_measurements) must be an integer, got {self.n_measurements!r}. "
+                f"PerSampleMatrix(n_measurements) must be an integer, got "
+                f"{self._describe(self.n_measurements)}. "
                 "The matrices themselves are parameters of the rows: params, op_params."
             )
         if self.n_measurements < 1:

@@ -28,7 +28,7 @@ class _PixelProjector(AffineProjector):
         return self._pick(v, torch.zeros_like(v))
 
 
-class _PixelOperator(Operator):
+class PixelOperator(Operator):
     """Operators that measure some of the pixels, each as it is."""
 
     _keeps_shape = True
@@ -58,11 +58,11 @@ class _PixelOperator(Operator):
         return 1.0
 
 
-class Denoising(_PixelOperator):
+class Denoising(PixelOperator):
     """The identity: every pixel is measured, ``f(x) = x``."""
 
 
-class Inpainting(_PixelOperator):
+class Inpainting(PixelOperator):
     """Some pixels are measured, the others are missing.
 
     A measurement has the shape of the image (the diagonal 0/1 matrix): ``f(x)`` is ``x`` with
@@ -103,16 +103,7 @@ class Inpainting(_PixelOperator):
         super()._setup()
         if self.mask is None:
             return
-        mask = self.mask
-        mask = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
-        if mask.dtype != bool:
-            if mask.dtype.kind not in "iuf" or not np.isin(mask, (0, 1)).all():
-                raise ValueError(
-                    "Inpainting(mask) must be boolean, or hold only 0 and 1, with True for the "
-                    f"observed pixels; got dtype {mask.dtype} with other values. Did you mean "
-                    "mask > 0.5, or ~np.isnan(image)?"
-                )
-            mask = mask.astype(bool)
+        mask = as_mask(self.mask, "Inpainting")
         d, shape = self.n_features_in_, self.event_shape_
         # A flat layout on either side is unambiguous, and so are axes of length one.
         same = mask.ndim == 1 or len(shape) == 1 or _squeezed(mask.shape) == _squeezed(shape)
@@ -121,11 +112,6 @@ class Inpainting(_PixelOperator):
                 f"Inpainting(mask) has a mask of shape {mask.shape} ({mask.size} pixels), but the "
                 f"images (the prior's) have shape {shape} ({d} features). Give a mask of shape "
                 f"({d},) or {shape}, for example np.broadcast_to(mask, {shape})."
-            )
-        if not mask.any():
-            raise ValueError(
-                "Inpainting(mask) is False everywhere: nothing is observed. True marks the "
-                "observed pixels; did you mean ~mask?"
             )
         self.measured_ = mask.reshape(-1)
 
@@ -168,6 +154,25 @@ class Inpainting(_PixelOperator):
         if not isinstance(value, np.ndarray) or value.dtype != bool:
             return text
         return f"{text[:-1]}, {np.count_nonzero(value)} observed>"
+
+
+def as_mask(mask, name):
+    """A user's mask as a boolean array that is True somewhere."""
+    mask = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    if mask.dtype != bool:
+        if mask.dtype.kind not in "iuf" or not np.isin(mask, (0, 1)).all():
+            raise ValueError(
+                f"{name}(mask) must be boolean, or hold only 0 and 1, with True for what is "
+                f"observed; got dtype {mask.dtype} with other values. Did you mean mask > 0.5, or "
+                "~np.isnan(image)?"
+            )
+        mask = mask.astype(bool)
+    if not mask.any():
+        raise ValueError(
+            f"{name}(mask) is False everywhere: nothing is observed. True marks what is observed; "
+            "did you mean ~mask?"
+        )
+    return mask
 
 
 def _squeezed(shape):

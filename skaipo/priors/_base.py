@@ -19,7 +19,10 @@ from skaipo._handle import pack_module, unpack_module
 from skaipo._validation import check_batch, to_numpy
 from skaipo.operators._base import ShortRepr
 
-__all__ = ["Prior", "map_rows"]
+__all__ = ["Packed", "Prior", "map_rows"]
+
+# Parameters and attributes that nothing here ever writes to: copies and clones share them.
+_SHARED = torch.nn.Module | torch.distributions.Distribution
 
 
 def map_rows(function, x, chunk=256):
@@ -27,7 +30,7 @@ def map_rows(function, x, chunk=256):
     return torch.cat([function(rows) for rows in x.split(chunk)])
 
 
-class _Packed:
+class Packed:
     """A frozen module inside of a pickle: unpacked where it arrives."""
 
     def __init__(self, module):
@@ -38,6 +41,11 @@ class Prior(
     ShortRepr, ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator
 ):
     """What every prior does with its fitted flow, ``self.flow_``."""
+
+    def _describe(self, value):
+        if isinstance(value, torch.distributions.Distribution):
+            return f"<{type(value).__name__}>"
+        return super()._describe(value)
 
     def __sklearn_is_fitted__(self):
         return getattr(self, "_fitted_flow", None) is not None
@@ -70,12 +78,12 @@ class Prior(
         state = dict(super().__getstate__())
         for key, value in state.items():
             if isinstance(value, torch.nn.Module):
-                state[key] = _Packed(value)
+                state[key] = Packed(value)
         return state
 
     def __setstate__(self, state):
         unpacked = {
-            key: unpack_module(value.state) if isinstance(value, _Packed) else value
+            key: unpack_module(value.state) if isinstance(value, Packed) else value
             for key, value in state.items()
         }
         super().__setstate__(unpacked)
@@ -88,14 +96,14 @@ class Prior(
     def __deepcopy__(self, memo):
         other = object.__new__(type(self))
         for key, value in self.__dict__.items():
-            shared = isinstance(value, torch.nn.Module)
+            shared = isinstance(value, _SHARED)
             other.__dict__[key] = value if shared else copy.deepcopy(value, memo)
         return other
 
     def __sklearn_clone__(self):
         # clone() would deep-copy modules and moments; nothing here ever writes to them.
         params = self.get_params(deep=False).items()
-        shared = {k: v for k, v in params if isinstance(v, torch.nn.Module | np.ndarray)}
+        shared = {k: v for k, v in params if isinstance(v, _SHARED | np.ndarray)}
         shell = copy.copy(self)
         vars(shell).update(dict.fromkeys(shared))
         return super(Prior, shell).__sklearn_clone__().set_params(**shared)

@@ -1,6 +1,7 @@
 """Normalizing flows as priors: training, saving, loading."""
 
 import contextlib
+import copy
 import json
 import math
 import numbers
@@ -14,8 +15,8 @@ from sklearn.utils import check_random_state
 
 from skaipo._training import TrainingDivergedError, train_flow
 from skaipo._validation import check_batch, resolve_device
-from skaipo.flows import Flow, build_flow
-from skaipo.priors._base import Prior
+from skaipo.flows import as_flow, build_flow, is_flow
+from skaipo.priors._base import Packed, Prior
 
 __all__ = ["FlowPrior"]
 
@@ -50,10 +51,15 @@ class FlowPrior(Prior):
 
     Parameters
     ----------
-    flow : {"realnvp", "glow"} or torch.nn.Module, default="realnvp"
-        An architecture that ``fit`` trains, or a trained flow, which makes the prior fitted.
+    flow : {"realnvp", "glow"}, torch.nn.Module or Distribution, default="realnvp"
+        An architecture that ``fit`` trains, or a trained flow, which makes the prior fitted: a
+        :class:`~skaipo.flows.Flow`, or one of normflows, zuko, nflows, FrEIA or
+        ``torch.distributions`` (:func:`~skaipo.flows.as_flow` lists the classes and what is
+        checked). A trained module is not copied: it is put in evaluation mode, and its parameters
+        no longer require gradients.
     event_shape : tuple of int, default=None
-        ``(d,)`` or ``(C, H, W)``. Default: the shape of the samples given to ``fit``.
+        ``(d,)`` or ``(C, H, W)``. Default: the shape of the samples given to ``fit``; of a trained
+        flow, its own.
     n_steps : int, default=8
         Steps of flow per level.
     n_levels : int, default=None
@@ -166,18 +172,32 @@ class FlowPrior(Prior):
         self.verbose = verbose
 
     def __sklearn_is_fitted__(self):
-        return isinstance(self.flow, torch.nn.Module) or super().__sklearn_is_fitted__()
+        if not is_flow(self.flow):
+            return super().__sklearn_is_fitted__()
+        try:
+            flow = self.flow_
+        except (TypeError, ValueError):  # Told where the flow is used.
+            return True
+        return flow.has_inverse or flow.clean is not None
+
+    @property
+    def _unfitted_because(self):
+        if not is_flow(self.flow):
+            return ""
+        return (
+            " (Its flow is trained, but has no direction from latents to data: fit(X) with clean "
+            "data gives it their mean and covariance, which others have from their samples.)"
+        )
 
     @property
     def flow_(self):
         """Flow : the fitted module, frozen."""
-        if isinstance(self.flow, torch.nn.Module):
-            if not isinstance(self.flow, Flow):
-                raise TypeError(
-                    f"flow must be a skaipo.flows.Flow, got {type(self.flow).__name__}. Subclass "
-                    f"Flow with _normalize(x) -> (z, log_det) and _generate(z) -> (x, log_det)."
-                )
-            return self.flow.eval().requires_grad_(False)
+        if is_flow(self.flow):
+            known = self.__dict__.get("_wrapped")
+            if known is None or known[:2] != (id(self.flow), self.event_shape):
+                known = id(self.flow), self.event_shape, as_flow(self.flow, self.event_shape)
+                self.__dict__["_wrapped"] = known
+            return as_flow(known[2]).eval().requires_grad_(False)
         for name, value in getattr(self, "_trained_with", {}).items():
             now = getattr(self, name)
             if now is not value and now != value:
@@ -187,8 +207,28 @@ class FlowPrior(Prior):
                 )
         return super().flow_
 
+    def __getstate__(self):
+        state = super().__getstate__()
+        state.pop("_wrapped", None)
+        if is_flow(self.flow):
+            # The adapter has all of what it wraps, and has passed the checks. (One that has not
+            # travels as it is.)
+            with contextlib.suppress(TypeError, ValueError):
+                state["flow"] = Packed(self.flow_)
+        return state
+
+    def __deepcopy__(self, memo):
+        other = copy.copy(self)
+        vars(other).pop("_wrapped", None)
+        other = super(FlowPrior, other).__deepcopy__(memo)
+        if "_wrapped" in vars(self):
+            other.__dict__["_wrapped"] = self.__dict__["_wrapped"]
+        return other
+
     def fit(self, X, y=None):
         """Train the flow by maximum likelihood. A wrapped, already trained flow is left as it is.
+
+        (One that has no direction from latents to data takes mean and covariance from ``X``.)
 
         Parameters
         ----------
@@ -207,7 +247,7 @@ class FlowPrior(Prior):
             the prior is fitted nevertheless.
         """
         event_shape = self.event_shape
-        if isinstance(self.flow, torch.nn.Module):
+        if is_flow(self.flow):
             event_shape = self.flow_.event_shape
         elif not isinstance(self.flow, str):
             raise TypeError(
@@ -221,7 +261,10 @@ class FlowPrior(Prior):
             whose="event_shape" if self.event_shape is not None else "this FlowPrior",
             dtype=torch.float32,
         )
-        if isinstance(self.flow, torch.nn.Module):
+        if is_flow(self.flow):
+            if not self.flow_.has_inverse:
+                fitted = self.flow_.with_clean_data(x)
+                self.__dict__["_wrapped"] = id(self.flow), self.event_shape, fitted
             return self
         self._check_params(len(x))
         event_shape = tuple(event_shape) if event_shape is not None else shape

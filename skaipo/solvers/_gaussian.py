@@ -116,8 +116,25 @@ class GaussianSurrogate:
         """``F^T c`` for rows (n, d)."""
         return self._transform(c, [axis.T for axis in self.axes])
 
+    def precise(self, v):
+        """``S v`` for rows (n, d), with the precision ``S``."""
+        return self._spectral(v, 1 / self.variances, lambda p: 1 / p)
+
+    def cover(self, v):
+        """``S^-1 v`` for rows (n, d), with the covariance ``S^-1``."""
+        return self._spectral(v, self.variances, lambda p: p)
+
+    def _spectral(self, v, inner, outer):
+        along = v @ self.basis
+        out = (along * inner) @ self.basis.T
+        if self.residual is None:
+            return out
+        across = self.analyse(v - along @ self.basis.T) * outer(self.residual)
+        across = self.synthesise(across)
+        return out + across - (across @ self.basis) @ self.basis.T
+
     def quadratic(self, v):
-        """``v^T S v`` for rows (n, d), with the precision ``S``."""
+        """``v^T S v`` for rows (n, d)."""
         along = v @ self.basis
         size = (along.square() / self.variances).sum(1)
         if self.residual is not None:
@@ -148,15 +165,14 @@ class GaussianSurrogate:
 
 
 def surrogate_of(flow, seed=0):
-    """The surrogate of a flow, from samples with a fixed seed; cached by what the flow holds."""
+    """The surrogate of a flow, from its samples or clean data; cached by what the flow holds."""
     try:
         key = fingerprint(flow)
     except Exception:  # Pickling runs the objects' own code; a flow that does not pickle is itself.
         key = flow, fingerprint(dict(flow.state_dict()))
     if key not in _CACHE:
-        generator = torch.Generator().manual_seed(seed)
-        batches = [flow.sample(64, generator=generator).flatten(1) for _ in range(_N_SAMPLES // 64)]
-        _CACHE[key] = GaussianSurrogate.from_samples(torch.cat(batches).cpu(), flow.event_shape)
+        x = flow.typical(_N_SAMPLES, seed).cpu()
+        _CACHE[key] = GaussianSurrogate.from_samples(x, flow.event_shape)
         while len(_CACHE) > _CACHE_SIZE:
             _CACHE.popitem(last=False)
     _CACHE.move_to_end(key)
@@ -296,14 +312,7 @@ class GaussianMetric:
     def _apply(self, v, lam, group, affine=None):
         """``H(lam) v``."""
         affine = self._map(group) if affine is None else affine
-        s = self.surrogate
-        along = v @ s.basis
-        prior = along / s.variances
-        if s.residual is None:
-            prior = prior @ s.basis.T
-        else:
-            across = s.synthesise(s.analyse(v - along @ s.basis.T) / s.residual)
-            prior = across + (prior - across @ s.basis) @ s.basis.T
+        prior = self.surrogate.precise(v)
         return affine.adjoint(affine.linear(v) * self.weight[group]) + lam[:, None] * prior
 
     def solve(self, g, lam, rows):

@@ -10,7 +10,7 @@ from skaipo.solvers._base import CONVERGED, minimize
 from skaipo.solvers._first_order import Adam
 from skaipo.solvers._lbfgs import LBFGS
 
-__all__ = ["FEASIBLE", "MLE_SOLVERS", "misfit", "mle_start"]
+__all__ = ["FEASIBLE", "MLE_SOLVERS", "misfit", "mle_start", "penalised"]
 
 MLE_SOLVERS = ("pgd", "lbfgs")
 # What counts as f(x) = y where f is not linear: ||f(x) - y|| <= FEASIBLE * ||y||.
@@ -82,10 +82,9 @@ def mle_start(objective, *, max_evals=500, tol=1e-3, solver="pgd", method=None):
     evaluation, whatever the solver.
 
     Where ``f`` is not linear, half of the budget goes to the quadratic penalty in latent space, and
-    the other half to rounds of the same problem with ``f`` linearised, each followed by Gauss-Newton
-    steps back to ``f(x) = y``, which evaluate no flow. Of the images that come out the one of highest
-    density is kept, of those that fit as well as any; where none fits to :data:`FEASIBLE` the row is
-    not feasible, and gets the one of least squares.
+    the other half to rounds of the same problem with ``f`` linearised, each followed by steps of
+    Gauss and Newton back to ``f(x) = y``, which evaluate no flow. Of the images that fit, the one
+    of highest density is kept; where none fits to :data:`FEASIBLE`, that of least squares.
 
     Where the likelihood is not at its best at ``f(x) = y`` (counts, 1-bit measurements) the answer
     is the minimiser of the objective at a very small lambda, and all of the budget goes there.
@@ -120,18 +119,18 @@ def mle_start(objective, *, max_evals=500, tol=1e-3, solver="pgd", method=None):
         method = LBFGS() if solver == "lbfgs" else Adam(learning_rate=0.05, final_rate=0.1)
     everyone = torch.arange(len(objective), device=objective.y.device)
     if not objective.noise.is_exact_fit:
-        solution = _penalised(objective, everyone, max_evals, objective.noise, tol)
+        solution = penalised(objective, everyone, max_evals, objective.noise, tol)
         return solution.evaluation.x, solution.status == CONVERGED
     if not objective.op.is_linear:
         return _sequential(objective, everyone, max_evals, tol, method)
     feasible = _Feasible(objective)
     # From the mode of the latent space: the nearest feasible image to G(0).
-    zero = objective.y.new_zeros(len(objective), objective.n_features)
-    start = objective.in_space("latent").image(zero)
+    start = objective.centre()
     if solver == "lbfgs":
         free = feasible.free().nonzero().flatten()
-        if len(free) and max_evals > 2:
-            start[free] = _penalised(objective, free, max_evals // 2).evaluation.x
+        # (A flow without a latent space to search in begins in the null space.)
+        if len(free) and max_evals > 2 and objective.flow.has_inverse:
+            start[free] = penalised(objective, free, max_evals // 2).evaluation.x
     one = torch.ones_like(objective.y[:, 0])
     solution = minimize(feasible, start, one, method, max_evals=max_evals, tol=tol)
     return solution.evaluation.x, solution.status == CONVERGED
@@ -152,7 +151,7 @@ def misfit(objective, x):
 
 def _sequential(objective, rows, max_evals, tol, method):
     """Eq. 4 for an ``f`` that is not linear, by linearising it again and again."""
-    x = _penalised(objective, rows, max(1, max_evals // 2), tol=tol).evaluation.x
+    x = penalised(objective, rows, max(1, max_evals // 2), tol=tol).evaluation.x
     best, converged = _closer(objective, x), torch.zeros_like(rows, dtype=torch.bool)
     away, lam = misfit(objective, best), torch.ones_like(objective.y[:, 0])
     density = torch.full_like(lam, -torch.inf)
@@ -196,18 +195,19 @@ def _closer(objective, x, steps=20):
     return x
 
 
-def _penalised(objective, rows, max_evals, noise=None, tol=0.01):
-    """Images that nearly fit, of high density: eq. 4 with a penalty, in latent space.
+def penalised(objective, rows, max_evals, noise=None, tol=0.01):
+    """Images that nearly fit, of high density: eq. 4 with a penalty (in latent space, if any).
 
     (Multipliers, tried in rounds of the same total budget, ended lower in density.)
     """
-    penalised = objective.select(rows, space="latent", penalty="density")
-    y = penalised.y
+    space = "latent" if objective.flow.has_inverse else "image"
+    problem = objective.select(rows, space=space, penalty="density")
+    y = problem.y
     lam = torch.full_like(y[:, 0], _STIFFNESS)
     if noise is None:
-        penalised.noise = SquaredError().bind(y.shape[1])
+        problem.noise = SquaredError().bind(y.shape[1])
         lam *= 2.0 * objective.flow.data_scale() ** 2
-    z = y.new_zeros(len(y), objective.n_features)
-    solution = minimize(penalised, z, lam, LBFGS(), max_evals=max_evals, tol=tol, anneal=False)
-    objective.n_evals[rows] = penalised.n_evals
+    u = y.new_zeros(len(y), objective.n_features) if space == "latent" else problem.centre()
+    solution = minimize(problem, u, lam, LBFGS(), max_evals=max_evals, tol=tol, anneal=False)
+    objective.n_evals[rows] = problem.n_evals
     return solution
