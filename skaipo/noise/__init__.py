@@ -5,6 +5,7 @@ from skaipo.noise._counts import BernoulliNoise, PoissonNoise
 from skaipo.noise._flow import FlowNoise
 from skaipo.noise._gaussian import CorrelatedGaussianNoise, GaussianNoise
 from skaipo.noise._heavy import LaplaceNoise, StudentTNoise
+from skaipo.noise._quantization import QuantizationNoise
 
 __all__ = [
     "BernoulliNoise",
@@ -15,6 +16,7 @@ __all__ = [
     "Likelihood",
     "NoiseModel",
     "PoissonNoise",
+    "QuantizationNoise",
     "SquaredError",
     "StudentTNoise",
     "as_noise",
