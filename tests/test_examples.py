@@ -85,6 +85,18 @@ def own_operator(names):
     assert op.norm() == pytest.approx(np.linalg.norm(matrix, 2))
 
 
+def normflows_glow(names):
+    assert names["bits"]["Glow"] > names["bits"]["Gaussian"] + 0.2
+    assert names["psnr"]["Glow"] > names["psnr"]["Gaussian"]
+    assert names["latents"].shape == (360, 64) and abs(names["latents"].std() - 1) < 0.2
+    assert names["difference"] < 1e-3
+
+
+def zuko_flow(names):
+    psnr = names["psnr"]
+    assert psnr["the label"] > psnr["no label"] + 1 > psnr["a wrong label"] + 1.5
+
+
 CLAIMS = {
     f"plot_{check.__name__}": check
     for check in (
@@ -96,6 +108,8 @@ CLAIMS = {
         classify_corrupted_digits,
         own_flow,
         own_operator,
+        normflows_glow,
+        zuko_flow,
     )
 }
 
