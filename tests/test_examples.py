@@ -86,6 +86,12 @@ def own_operator(names):
     assert op.norm() == pytest.approx(np.linalg.norm(matrix, 2))
 
 
+def phase_retrieval(names):
+    psnr = names["psnr"]
+    assert psnr["AIPO"] > psnr["fixed lambda"] + 5 > psnr["alternating\nprojections"] + 5
+    assert names["lower"].mean() > 0.8 and names["higher"].mean() < 0.1
+
+
 def pylops(names):
     psnr = names["psnr"]
     assert psnr["smallest norm"] < psnr["sparse"] - 3 < psnr["AIPO"] - 6
@@ -121,6 +127,7 @@ CLAIMS = {
         classify_corrupted_digits,
         own_flow,
         own_operator,
+        phase_retrieval,
         pylops,
         deepinv,
         normflows_glow,
