@@ -98,6 +98,18 @@ def deepinv(names):
     assert names["weights"].min() < names["weight"] < names["weights"].max()
 
 
+def normflows_glow(names):
+    assert names["bits"]["Glow"] > names["bits"]["Gaussian"] + 0.2
+    assert names["psnr"]["Glow"] > names["psnr"]["Gaussian"]
+    assert names["latents"].shape == (360, 64) and abs(names["latents"].std() - 1) < 0.2
+    assert names["difference"] < 1e-3
+
+
+def zuko_flow(names):
+    psnr = names["psnr"]
+    assert psnr["the label"] > psnr["no label"] + 1 > psnr["a wrong label"] + 1.5
+
+
 CLAIMS = {
     f"plot_{check.__name__}": check
     for check in (
@@ -111,12 +123,16 @@ CLAIMS = {
         own_operator,
         pylops,
         deepinv,
+        normflows_glow,
+        zuko_flow,
     )
 }
 # Where the library is missing the example is skipped, as it is in the gallery.
 NEEDS = {
     "plot_pylops": lambda: pytest.importorskip("pylops"),
     "plot_deepinv": deepinv_here.import_deepinv,
+    "plot_normflows_glow": lambda: pytest.importorskip("normflows"),
+    "plot_zuko_flow": lambda: pytest.importorskip("zuko"),
 }
 
 
