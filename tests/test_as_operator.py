@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from scipy.sparse.linalg import LinearOperator
+from sklearn.base import clone
 from torch import nn
 
 from skaipo import AIPORegressor, FixedLambdaMAP, GaussianPrior
@@ -450,11 +451,39 @@ def test_what_no_pickle_takes_is_told():
         pickle.dumps(op)
     # Where nothing has to be pickled it works.
     model = AIPORegressor(Locked(), prior=gaussian_prior())
+    with pytest.raises(TypeError, match="op of this AIPORegressor does not pickle: .*n_jobs=1"):
+        pickle.dumps(model)
     assert model.predict(np.ones((1, D))).shape == (1, D)
+
+
+def test_estimators_pickle_with_lambdas_inside():
+    Y = np.ones((2, 9))
+    for op in (lambda x: (2 * x)[..., 1:, 1:], Physics(GaussianNoiseModel(0.25))):
+        model = AIPORegressor(op, prior=gaussian_prior()).fit()
+        again = pickle.loads(pickle.dumps(model))
+        assert type(again.op) is type(op) and np.array_equal(again.predict(Y), model.predict(Y))
+        assert model.op is op and copy.copy(model).op is op and clone(model).op is op
+        assert copy.copy(as_operator(op)).obj is op
+    plain = pickle.loads(pickle.dumps(AIPORegressor(double, prior=gaussian_prior())))
+    assert plain.op is double
+
+
+def test_checkpoints_know_the_lambdas_of_a_library(tmp_path):
+    """Those of a class of a module, as deepinv's physics have them; not those of a notebook."""
+    model = AIPORegressor(Physics(), prior=gaussian_prior(), max_evals=10)
+    Y = np.ones((2, 9))
+    first = model.reconstruct(Y, checkpoint=tmp_path)
+    model.set_params(op=Physics())
+    assert np.array_equal(first.x, model.reconstruct(Y, checkpoint=tmp_path).x)
+    other = Physics()
+    other.A_adjoint = lambda y: nn.functional.conv_transpose2d(y, 1.0 * other.kernel.to(y))
+    with pytest.raises(ValueError, match="belongs to another run"):
+        model.set_params(op=other).reconstruct(Y, checkpoint=tmp_path)
 
 
 def test_checkpoints_need_functions_that_can_be_told_apart(tmp_path):
     model = AIPORegressor(lambda x: 2 * x, prior=gaussian_prior())
+    model.op.__module__ = "__main__"
     with pytest.raises(TypeError, match="checkpoint needs a picklable operator.*top level"):
         model.reconstruct(np.ones((1, D)), checkpoint=tmp_path / "a")
     model = AIPORegressor(double, prior=gaussian_prior())

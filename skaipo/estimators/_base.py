@@ -22,6 +22,8 @@ from skaipo.noise import GaussianNoise, as_noise
 from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
 from skaipo.operators._base import ShortRepr
+from skaipo.operators._convert import is_foreign
+from skaipo.operators._packing import Packed, packed
 from skaipo.priors import FlowPrior
 from skaipo.solvers import (
     LBFGS,
@@ -111,6 +113,24 @@ class Reconstructor(ShortRepr, BaseEstimator):
         if keeps_op:
             other.op = self.op
         return other
+
+    def __copy__(self):
+        # As if there were no __getstate__, which packs.
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self):
+        state = dict(super().__getstate__())
+        if is_foreign(self.op):
+            # Lambdas in it must not keep a whole search from running in other processes.
+            state["op"] = packed(self.op, f"The op of this {type(self).__name__}")
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if isinstance(self.op, Packed):
+            self.op = self.op.open()
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "prior_") or self._is_ready()

@@ -9,7 +9,7 @@ from skaipo.operators._linear import MatrixOperator
 from skaipo.operators._products import ProductsOperator
 from skaipo.operators._torch import PhysicsOperator, TorchOperator
 
-__all__ = ["as_operator"]
+__all__ = ["as_operator", "is_foreign"]
 
 
 def as_operator(obj, in_shape=None, out_shape=None):
@@ -82,6 +82,12 @@ def as_operator(obj, in_shape=None, out_shape=None):
         "torch tensor; a scipy LinearOperator or PyLops operator; a deepinv Physics; or a torch "
         f"function, module or object with forward, of batches (n, *shape); got {what}."
     )
+
+
+def is_foreign(obj):
+    """Whether :func:`as_operator` would have to adapt an object: no operator, no matrix."""
+    known = isinstance(obj, Operator | np.ndarray | torch.Tensor) or sp.issparse(obj)
+    return not known and not hasattr(obj, "get_params") and _adapter(obj) is not None
 
 
 def _adapter(obj):

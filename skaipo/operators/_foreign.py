@@ -104,6 +104,11 @@ class ForeignOperator(Operator):
 
     # ----------------------------------------------------------------------------------- pickling
 
+    def __copy__(self):
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
     def __getstate__(self):
         state = super().__getstate__()
         state.pop("_bound_params", None)
