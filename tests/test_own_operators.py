@@ -708,6 +708,22 @@ def test_calling_with_parameters(rows):
     assert op(torch.from_numpy(X).float(), params=params).dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("init", ["auto", "mle"])
+@pytest.mark.parametrize("name", ROWS)
+def test_reconstruction_is_that_of_each_rows_own_operator(name, init, prior):
+    op, params = ROWS[name]
+    X = prior.sample(N, random_state=0).reshape(N, *SHAPE)
+    noise = GaussianNoise(0.1)
+    Y = noise.add_noise(op.bind(SHAPE)(X, params=params), random_state=0).reshape(N, -1)
+    Y[1, Y.shape[1] // 2 :] = np.nan
+    options = dict(lam=1.0, prior=prior, noise=noise, init=init, max_evals=80)
+    got = AIPORegressor(op, **options).predict(Y, op_params=params)
+    for i in range(N):
+        want = AIPORegressor(fixed(name, i), **options).predict(Y[i : i + 1])
+        assert_allclose(got[i].ravel(), want.ravel(), atol=1e-4)
+
+
 class Exposure(Operator):
     """What a user writes at least: no adjoint, projection or norm."""
 

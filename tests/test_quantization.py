@@ -1,4 +1,4 @@
-"""Rounded measurements: the likelihood against scipy, and what it is good for."""
+"""Rounded and saturated measurements: the likelihood against scipy, and what it is good for."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from skaipo import AIPORegressor, GaussianPrior
-from skaipo.noise import GaussianNoise, QuantizationNoise
+from skaipo.noise import CensoredGaussianNoise, GaussianNoise, QuantizationNoise
 from skaipo.operators import Denoising
 
 
@@ -119,3 +119,51 @@ def test_measurements_that_are_no_levels():
         model.predict(np.array([[0.5, 1.0], [np.nan, 0.3]]))
     with pytest.raises(ValueError, match="got 1.5 in row 0"):
         model.predict(np.array([[0.5, 1.5]]))
+
+
+# -------------------------------------------------------------------------------- saturation
+
+
+@given(st.floats(-30, 30), st.floats(-1, 2), st.sampled_from([0.3, 1.0]))
+def test_the_likelihood_of_saturated_measurements(prediction, y, sigma):
+    low, high = -0.5, 1.5
+    y = min(max(y, low), high)
+    noise = CensoredGaussianNoise(sigma, low, high)
+    value = noise.nll(torch.tensor([[prediction]]).double(), torch.tensor([[y]]).double()).item()
+    if y == low:
+        expected = -norm.logcdf((low - prediction) / sigma)
+    elif y == high:
+        expected = -norm.logsf((high - prediction) / sigma)
+    else:
+        expected = (y - prediction) ** 2 / (2 * sigma**2)
+    assert value == pytest.approx(float(expected), rel=1e-6, abs=1e-9)
+
+
+def test_saturated_measurements_are_better_explained_by_their_likelihood():
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.normal(size=(12, 12)))[0]
+    covariance = axes * np.geomspace(0.01, 4.0, 12) @ axes.T
+    prior = GaussianPrior(np.zeros(12), covariance)
+    X = rng.multivariate_normal(np.zeros(12), covariance, size=200)
+    noise = CensoredGaussianNoise(0.2, -0.5, 0.5)
+    Y = noise.add_noise(X, random_state=1)
+    right = AIPORegressor(Denoising(), prior=prior, noise=noise).reconstruct(Y)
+    assert (right.status == "converged").mean() > 0.95
+    wide = GaussianNoise(np.sqrt(np.mean((Y - X) ** 2)))
+    gaussian = AIPORegressor(Denoising(), prior=prior, noise=wide).predict(Y)
+    gain = ((gaussian - X) ** 2).mean(1) - ((right.x - X) ** 2).mean(1)
+    assert gain.mean() > 2 * gain.std() / np.sqrt(len(gain))
+
+
+def test_saturation_has_ends_and_nothing_beyond_them():
+    for arguments, message in (
+        ((1.0,), "needs low, high or both"),
+        ((1.0, 2.0, 1.0), "needs low < high, got 2.0 and 1.0"),
+        ((-1.0, 0.0), "sigma.* must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CensoredGaussianNoise(*arguments).bind(3)
+    prior = GaussianPrior(np.zeros(2), np.eye(2))
+    model = AIPORegressor(Denoising(), prior=prior, noise=CensoredGaussianNoise(1.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="between 0.0 and 1.0; got 1.5 in row 1"):
+        model.predict(np.array([[0.0, 1.0], [0.5, 1.5]]))

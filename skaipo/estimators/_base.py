@@ -17,7 +17,7 @@ from skaipo._checkpoint import Checkpoint, describe_run
 from skaipo._progress import Progress
 from skaipo._reconstruct import Problem, Reconstruction, solve_chunk
 from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
-from skaipo.flows import is_flow
+from skaipo.flows._foreign import is_flow
 from skaipo.noise import GaussianNoise, as_noise
 from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator

@@ -1,11 +1,11 @@
 """Normalizing flows: invertible maps between data and a standard normal latent space."""
 
 from skaipo.flows._base import Flow
-from skaipo.flows._foreign import as_flow, is_flow
+from skaipo.flows._foreign import as_flow
 from skaipo.flows._glow import Glow
 from skaipo.flows._realnvp import RealNVP
 
-__all__ = ["Flow", "Glow", "RealNVP", "as_flow", "build_flow", "is_flow"]
+__all__ = ["Flow", "Glow", "RealNVP", "as_flow", "build_flow"]
 
 _ARCHITECTURES = {"glow": Glow, "realnvp": RealNVP}
 

@@ -51,6 +51,8 @@ class Flow(nn.Module):
 
     has_inverse = True
     clean = None
+    # Rows that are sampled at once.
+    _batch = 64
 
     def __init__(self, event_shape, loc=0.0, scale=1.0):
         super().__init__()
@@ -199,9 +201,8 @@ class Flow(nn.Module):
         x = x.detach().reshape(len(x), -1).to(self.loc.dtype).cpu()
         if len(x) < 4 or not float(x.std(0).max()) > 0:
             raise ValueError(
-                f"{type(self).__name__} has no direction from latents to data and takes mean and "
-                f"covariance from clean data: pass at least 4 samples that differ (better some "
-                f"hundred), got {len(x)}."
+                f"Mean and covariance of the data of {type(self).__name__} are taken from clean "
+                f"data: pass at least 4 samples that differ (better some hundred), got {len(x)}."
             )
         other = copy.copy(self)
         kept = torch.linspace(0, len(x) - 1, min(len(x), 1024), dtype=torch.float64)
@@ -210,7 +211,7 @@ class Flow(nn.Module):
         return other
 
     def typical(self, n_samples, seed=0):
-        """Images like those of the prior: samples with a fixed seed, or clean data.
+        """Images like those of the prior: clean data where there are, or samples.
 
         Parameters
         ----------
@@ -225,19 +226,20 @@ class Flow(nn.Module):
         Raises
         ------
         ValueError
-            If the flow cannot sample and has no clean data.
+            If there are no clean data, and the flow cannot sample.
         """
-        if self.has_inverse:
-            generator = torch.Generator().manual_seed(seed)
-            sizes = [64] * (n_samples // 64) + [n_samples % 64] * bool(n_samples % 64)
-            return torch.cat([self.sample(n, generator=generator).flatten(1) for n in sizes])
-        if self.clean is None:
+        if self.clean is not None:
+            return self.clean[:n_samples]
+        if not self.has_inverse:
             raise ValueError(
                 f"{type(self).__name__} has no direction from latents to data, so that the mean "
                 f"and covariance of its data cannot be found by sampling. Give them by clean data: "
                 f"FlowPrior(flow=flow).fit(X). (Nothing is trained.)"
             )
-        return self.clean[:n_samples]
+        generator = torch.Generator().manual_seed(seed)
+        whole, rest = divmod(n_samples, self._batch)
+        sizes = [self._batch] * whole + [rest] * bool(rest)
+        return torch.cat([self.sample(n, generator=generator).flatten(1) for n in sizes])
 
     def centre(self):
         """The image where a search begins that knows nothing: G(0), or the mean of clean data.
@@ -258,11 +260,11 @@ class Flow(nn.Module):
         number, so that it can be divided by.
         """
         if getattr(self, "_data_scale", None) is None:
-            x = self.typical(32 if self.has_inverse else 1024)
+            x = self.typical(32 if self.clean is None else 1024)
             x = x[x.isfinite().all(1)]
             self._data_scale = 1.0
             if len(x):
-                if self.has_inverse:
+                if self.clean is None:
                     # Robust against the few wild samples that an imperfect flow may give.
                     spread, factor = (x - x.median(0).values).abs().median(0).values, 1.4826
                 else:

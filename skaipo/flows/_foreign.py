@@ -132,6 +132,9 @@ class ForeignFlow(Flow):
         What is wrapped.
     """
 
+    # An inverse of as many passes as there are features is quicker in large batches.
+    _batch = 256
+
     def __init__(self, obj, event_shape, own_shape, like):
         name = _name(obj)
         if own_shape is None and event_shape is None:

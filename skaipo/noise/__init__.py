@@ -5,10 +5,11 @@ from skaipo.noise._counts import BernoulliNoise, PoissonNoise
 from skaipo.noise._flow import FlowNoise
 from skaipo.noise._gaussian import CorrelatedGaussianNoise, GaussianNoise
 from skaipo.noise._heavy import LaplaceNoise, StudentTNoise
-from skaipo.noise._quantization import QuantizationNoise
+from skaipo.noise._quantization import CensoredGaussianNoise, QuantizationNoise
 
 __all__ = [
     "BernoulliNoise",
+    "CensoredGaussianNoise",
     "CorrelatedGaussianNoise",
     "FlowNoise",
     "GaussianNoise",

@@ -1,4 +1,4 @@
-"""Measurements that are rounded to levels."""
+"""Measurements that saturate, or are rounded to levels."""
 
 import math
 
@@ -7,11 +7,133 @@ import torch
 
 from skaipo.noise._base import Likelihood
 
-__all__ = ["QuantizationNoise"]
+__all__ = ["CensoredGaussianNoise", "QuantizationNoise"]
 
 # Widths of a level in standard deviations, below which the difference of two distribution
 # functions is left to its Taylor series: there it would be lost in rounding.
 _NARROW = 0.05
+
+
+class CensoredGaussianNoise(Likelihood):
+    """Gaussian noise, then saturation: what is beyond the ends of the range is read as the ends.
+
+    ``nll = (y - f)^2 / (2 sigma^2)`` inside the range, as for :class:`GaussianNoise`; at the upper
+    end ``-log Phi((f - high) / sigma)``, the probability of being beyond it, and likewise at the
+    lower one (Tobin, 1958). In nats, smooth and convex.
+
+    Parameters
+    ----------
+    sigma : float or array-like of float, shape (m,)
+        Standard deviation of the noise before the saturation.
+    low, high : float or None, default=None
+        Ends of the range; None: none. At least one is needed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        By ``bind`` and ``add_noise``: sigma is not positive and finite or has another length than
+        the measurements, no end is given, or ``low >= high``. By the estimators: measurements
+        beyond the ends.
+
+    References
+    ----------
+    Tobin, J., "Estimation of relationships for limited dependent variables", Econometrica 26, 1958.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skaipo.noise import CensoredGaussianNoise
+    >>> noise = CensoredGaussianNoise(1.0, high=2.0)
+    >>> noise.nll(torch.tensor([[2.0]]), torch.tensor([[2.0]]))  # -log(1/2)
+    tensor([0.6931])
+    """
+
+    is_exact_fit = False
+
+    def __init__(self, sigma, low=None, high=None):
+        self.sigma = sigma
+        self.low = low
+        self.high = high
+
+    def _check(self):
+        self._parameter("sigma")
+        if self.low is None and self.high is None:
+            raise ValueError(
+                "CensoredGaussianNoise needs low, high or both; without ends use GaussianNoise."
+            )
+        for name in ("low", "high"):
+            if getattr(self, name) is not None:
+                self._values(name, sign="any", per_entry=False)
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError(
+                f"CensoredGaussianNoise needs low < high, got {self.low} and {self.high}."
+            )
+
+    def _ends(self, y):
+        # What a float32 file makes of an end is the end.
+        low, high = -math.inf if self.low is None else self.low, self.high
+        high = math.inf if high is None else high
+        slack = 1e-6
+        return (
+            y <= low + slack * max(1.0, abs(low)) if self.low is not None else y == -math.inf,
+            y >= high - slack * max(1.0, abs(high)) if self.high is not None else y == math.inf,
+        )
+
+    def check_measurements(self, y):
+        """Refuse what is beyond the ends.
+
+        Parameters
+        ----------
+        y : Tensor, shape (n, m)
+            NaN where nothing was measured.
+
+        Raises
+        ------
+        ValueError
+            Names the rows.
+        """
+        bottom, top = self._ends(y)
+        bad = torch.zeros_like(top)
+        if self.low is not None:
+            bad |= bottom & (y < self.low - 1e-5 * max(1.0, abs(self.low)))
+        if self.high is not None:
+            bad |= top & (y > self.high + 1e-5 * max(1.0, abs(self.high)))
+        rows = bad.any(1).nonzero().flatten().tolist()
+        if rows:
+            value = y[rows[0]][bad[rows[0]]][0].item()
+            raise ValueError(
+                f"CensoredGaussianNoise expects measurements between {self.low} and {self.high}; "
+                f"got {value:g} in row {rows[0]} ({len(rows)} rows). Noise that comes after the "
+                f"saturation is GaussianNoise with the operator Clipping."
+            )
+
+    def _terms(self, prediction, y):
+        t = (y - prediction) / self._tensor("sigma", y)
+        bottom, top = self._ends(y)
+        open_end = bottom | top
+        inside = torch.where(open_end, 0.0, t).square() / 2
+        tail = torch.where(open_end, torch.where(top, -t, t), 0.0)
+        return torch.where(open_end, -torch.special.log_ndtr(tail), inside)
+
+    def max_curvature(self):
+        return float(self._parameter("sigma").min() ** -2)
+
+    def gaussian_fit(self, y):
+        """The measurements, with their variance.
+
+        Parameters
+        ----------
+        y : Tensor, shape (n, m)
+
+        Returns
+        -------
+        location, weight : Tensor, shape (n, m)
+        """
+        return y, self._tensor("sigma", y).square().reciprocal().expand_as(y)
+
+    def _draw(self, clean, rng):
+        noisy = clean + self._parameter("sigma") * rng.standard_normal(clean.shape)
+        return np.clip(noisy, self.low, self.high)
 
 
 class QuantizationNoise(Likelihood):

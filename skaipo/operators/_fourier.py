@@ -54,6 +54,9 @@ class MaskedFourier(Operator):
              [ 0.+0.j,  0.+0.j]]]])
     """
 
+    # What PhaseRetrieval asks: real parts first, then as many imaginary ones.
+    is_complex = True
+
     def __init__(self, mask):
         self.mask = mask
 

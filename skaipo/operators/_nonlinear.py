@@ -104,8 +104,6 @@ class NonlinearOperator(Operator):
         try:
             with torch.enable_grad():
                 y = self._call(x.requires_grad_())
-                if isinstance(y, torch.Tensor) and y.requires_grad:
-                    torch.autograd.grad(y.sum(), x, allow_unused=True)
         except Exception as error:
             raise ValueError(
                 f"{name}: fn failed on two images of shape {self.event_shape_}, values between 0 "
@@ -122,11 +120,12 @@ class NonlinearOperator(Operator):
                 f"{name}: fn must keep the rows, (n, *event_shape) to (n, *measurement_shape); of "
                 f"images {(2, *self.event_shape_)} it made {tuple(y.shape)}."
             )
-        if not y.requires_grad:
+        if not self._has_slope(x.detach()):
             raise ValueError(
                 f"{name}: the result of fn does not depend on the images in a way that autograd "
-                f"can follow (a detach, numpy, rounding?). For rounding and 1-bit measurements use "
-                f"their likelihood, with noise=QuantizationNoise(...) or BernoulliNoise(...)."
+                f"can follow: its gradient is zero (a detach, numpy, rounding?). For rounding and "
+                f"1-bit measurements use their likelihood, noise=QuantizationNoise(...) or "
+                f"BernoulliNoise(...)."
             )
         with torch.no_grad():
             alone = self._call(x.detach()[:1])
@@ -139,6 +138,21 @@ class NonlinearOperator(Operator):
                 f"Reconstructions would depend on their neighbours."
             )
         return tuple(y.shape[1:]) if y.ndim > 1 else (1,)
+
+    def _has_slope(self, x):
+        """Whether the gradient is other than zero anywhere, for values of many sizes."""
+        for size in (1.0, -1.0, 10.0, 100.0, 1000.0):
+            images = (size * x).requires_grad_()
+            with torch.enable_grad():
+                y = self._call(images)
+            if not y.requires_grad:
+                return False
+            # (Weights, for functions whose values have a constant sum.)
+            weights = torch.linspace(1, 2, y.numel()).to(y).reshape(y.shape)
+            (gradient,) = torch.autograd.grad(y, images, weights, allow_unused=True)
+            if gradient is not None and bool((gradient != 0).any()):
+                return True
+        return False
 
     def _function(self, like):
         """``fn``; if it is a module, a frozen copy of the dtype and device of a tensor."""
@@ -170,20 +184,30 @@ class NonlinearOperator(Operator):
 class Clipping(NonlinearOperator):
     """A sensor that saturates: ``f(x) = min(max(x, low), high)``, pixel by pixel.
 
+    The noise is that which comes after the sensor has saturated. Where it comes before, so that
+    what is beyond an end is read as the end itself, the model is a likelihood without kinks:
+    ``Denoising()`` with :class:`~skaipo.noise.CensoredGaussianNoise`.
+
     Parameters
     ----------
     low, high : float or None, default=None
         Ends of the range; None: none. At least one is needed.
+    softness : float, default=0
+        Width of the transition at an end, in the units of the images: ``max(x, low)`` becomes
+        ``low + softness * log(1 + exp((x - low) / softness))``, at most ``0.7 * softness`` above
+        it. At a kink many solutions lie, and no gradient tells a solver so: rows stop there
+        "stalled" or at their budget. With a softness of about the noise's sigma they converge.
 
     Raises
     ------
     ValueError
-        By ``bind``: no end is given, or ``low >= high``.
+        By ``bind``: no end is given, ``low >= high``, or a negative softness.
     """
 
-    def __init__(self, low=None, high=None):
+    def __init__(self, low=None, high=None, softness=0.0):
         self.low = low
         self.high = high
+        self.softness = softness
 
     def _setup(self):
         for name in ("low", "high"):
@@ -194,10 +218,21 @@ class Clipping(NonlinearOperator):
             raise ValueError("Clipping needs low, high or both.")
         if self.low is not None and self.high is not None and self.low >= self.high:
             raise ValueError(f"Clipping needs low < high, got {self.low} and {self.high}.")
+        if not isinstance(self.softness, numbers.Real) or not 0 <= self.softness < math.inf:
+            raise ValueError(f"Clipping(softness) must be at least 0, got {self.softness!r}.")
         self.measurement_shape_ = self.event_shape_
 
     def _call(self, x):
-        return x.clamp(self.low, self.high)
+        width = self.softness
+        if width == 0:
+            return x.clamp(self.low, self.high)
+        # The difference of two soft steps: monotonous, and between low and high where both are.
+        out = x
+        if self.low is not None:
+            out = self.low + width * nn.functional.softplus((x - self.low) / width)
+        if self.high is not None:
+            out = out - width * nn.functional.softplus((x - self.high) / width)
+        return out
 
 
 class PhaseRetrieval(NonlinearOperator):
@@ -242,6 +277,7 @@ class PhaseRetrieval(NonlinearOperator):
         self._pairs = bool(pairs)
         self._n_magnitudes = self.linear_.n_measurements_ // (2 if self._pairs else 1)
         self.measurement_shape_ = (self._n_magnitudes,)
+        self.measured_ = self.linear_.measured_[: self._n_magnitudes]
 
     def _call(self, x):
         y = self.linear_.forward(x)

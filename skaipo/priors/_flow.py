@@ -15,7 +15,8 @@ from sklearn.utils import check_random_state
 
 from skaipo._training import TrainingDivergedError, train_flow
 from skaipo._validation import check_batch, resolve_device
-from skaipo.flows import as_flow, build_flow, is_flow
+from skaipo.flows import as_flow, build_flow
+from skaipo.flows._foreign import ForeignFlow, is_flow
 from skaipo.priors._base import Packed, Prior
 
 __all__ = ["FlowPrior"]
@@ -228,7 +229,8 @@ class FlowPrior(Prior):
     def fit(self, X, y=None):
         """Train the flow by maximum likelihood. A wrapped, already trained flow is left as it is.
 
-        (One that has no direction from latents to data takes mean and covariance from ``X``.)
+        (One of another library, or without a direction from latents to data, takes mean and
+        covariance from ``X``, where solvers would otherwise have to sample it.)
 
         Parameters
         ----------
@@ -262,8 +264,10 @@ class FlowPrior(Prior):
             dtype=torch.float32,
         )
         if is_flow(self.flow):
-            if not self.flow_.has_inverse:
-                fitted = self.flow_.with_clean_data(x)
+            flow = self.flow_
+            if isinstance(flow, ForeignFlow) or not flow.has_inverse:
+                noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+                fitted = flow.with_clean_data(x + self._level(x) * noise)
                 self.__dict__["_wrapped"] = id(self.flow), self.event_shape, fitted
             return self
         self._check_params(len(x))
