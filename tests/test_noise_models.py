@@ -13,7 +13,14 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV
 
-from skaipo import AIPORegressor, AIPORegressorCV, FlowPrior, GaussianPrior
+from skaipo import (
+    AIPORegressor,
+    AIPORegressorCV,
+    AIPOTransformer,
+    FixedLambdaMAP,
+    FlowPrior,
+    GaussianPrior,
+)
 from skaipo.flows import RealNVP
 from skaipo.noise import (
     BernoulliNoise,
@@ -755,6 +762,19 @@ def test_estimated_sigma_in_searches():
     )
     assert path.noise_.sigma == pytest.approx(0.3, rel=0.2)
     np.testing.assert_allclose(path.predict(y), grid.predict(y), atol=1e-3)
+
+
+def test_every_estimator_estimates():
+    generator = np.random.default_rng(0)
+    prior = GaussianPrior(np.zeros(3), np.eye(3))
+    op = MatrixOperator(generator.normal(size=(9, 3)))
+    y = GaussianNoise(0.3).add_noise(np.asarray(op.bind((3,))(generator.normal(size=(60, 3)))))
+    want = AIPORegressor(op, prior=prior, noise=GaussianNoise("estimate")).fit(y)
+    for make in (AIPOTransformer, FixedLambdaMAP):
+        model = make(op, prior=prior, noise=GaussianNoise("estimate")).fit(y)
+        assert model.noise_.sigma == want.noise_.sigma == pytest.approx(0.3, rel=0.1)
+    images = AIPOTransformer(op, prior=prior, noise=GaussianNoise("estimate")).fit_transform(y)
+    np.testing.assert_allclose(images, want.predict(y), atol=1e-6)
 
 
 def test_what_cannot_be_estimated():

@@ -170,7 +170,8 @@ class AIPORegressor(Continuation, Regressor):
     prior : FlowPrior or GaussianPrior, default=None
         Fitted, or unfitted and trained by ``fit(Y, X_clean)``.
     noise : NoiseModel, default=None
-        None: ``||y - f(x)||^2``. ``GaussianNoise(sigma)``: the same over ``2 sigma^2``.
+        None: ``||y - f(x)||^2``. ``GaussianNoise(sigma)``: the same over ``2 sigma^2``; others in
+        :mod:`skaipo.noise`.
     solver : {"hybrid", "lbfgs", "adam", "gd"} or Method, default="hybrid"
         Update rule: :class:`~skaipo.solvers.Hybrid`, :class:`~skaipo.solvers.LBFGS`,
         :class:`~skaipo.solvers.Adam` or :class:`~skaipo.solvers.GradientDescent`.
@@ -214,6 +215,8 @@ class AIPORegressor(Continuation, Regressor):
     ----------
     prior_ : FlowPrior or GaussianPrior
         The fitted prior.
+    noise_ : GaussianNoise
+        With its sigma as ``fit`` estimated it, for ``noise=GaussianNoise("estimate")``.
     n_features_in_ : int
         Number of measurements, if ``fit`` saw some.
 
@@ -257,6 +260,8 @@ class AIPOTransformer(
     ----------
     prior_ : FlowPrior or GaussianPrior
         The fitted prior.
+    noise_ : GaussianNoise
+        With its sigma as ``fit`` estimated it, for ``noise=GaussianNoise("estimate")``.
     n_features_in_ : int
         Number of measurements, if ``fit`` saw some.
 
@@ -349,6 +354,8 @@ class FixedLambdaMAP(Regressor):
     ----------
     prior_ : FlowPrior or GaussianPrior
         The fitted prior.
+    noise_ : GaussianNoise
+        With its sigma as ``fit`` estimated it, for ``noise=GaussianNoise("estimate")``.
     n_features_in_ : int
         Number of measurements, if ``fit`` saw some.
 

@@ -45,7 +45,8 @@ class FlowNoise(Likelihood):
 
     Examples
     --------
-    >>>     >>> from skaipo import GaussianPrior
+    >>> import numpy as np
+    >>> from skaipo import GaussianPrior
     >>> from skaipo.noise import FlowNoise
     >>> noise = FlowNoise(GaussianPrior(mean=np.zeros(2), covariance=np.eye(2)))
     >>> noise.add_noise(np.zeros((3, 2))).shape
