@@ -29,7 +29,7 @@ from skaipo.operators import CompressedSensing
 
 torch.manual_seed(0)
 spline = zuko.flows.NSF(
-    64, context=10, transforms=3, passes=2, hidden_features=(64, 64), randperm=True
+    64, context=10, transforms=2, passes=2, hidden_features=(64, 64), randperm=True
 )
 units = zuko.lazy.UnconditionalTransform(
     zuko.transforms.MonotonicAffineTransform,
@@ -91,7 +91,7 @@ for name, value in psnr.items():
     print(f"{name:14s} {value:.2f} dB")
 
 # %%
-# With the label a reconstruction has fewer digits to choose from, and is better by two and a half
+# With the label a reconstruction has fewer digits to choose from, and is better by more than two
 # decibels. A wrong one turns few digits into the one that was told: the 16 measurements say too
 # clearly what it is not. But they leave 48 directions to the prior, which fills them with strokes
 # that do not belong there.

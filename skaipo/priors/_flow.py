@@ -22,6 +22,8 @@ from skaipo.priors._base import Packed, Prior
 __all__ = ["FlowPrior"]
 
 _FORMAT = 1
+# Samples whose moments are worth more than those of the flow's own samples cost.
+_ENOUGH = 64
 # What a file says of its architecture, under the names of the constructor.
 _OPTIONS = ("n_steps", "n_levels", "hidden_channels", "bound", "dropout")
 # What a trained prior would silently ignore if it were changed afterwards.
@@ -229,8 +231,8 @@ class FlowPrior(Prior):
     def fit(self, X, y=None):
         """Train the flow by maximum likelihood. A wrapped, already trained flow is left as it is.
 
-        (One of another library, or without a direction from latents to data, takes mean and
-        covariance from ``X``, where solvers would otherwise have to sample it.)
+        (One that has no direction from latents to data takes mean and covariance from ``X``. So
+        does one of another library, from 64 samples on: sampling may be slow.)
 
         Parameters
         ----------
@@ -265,10 +267,13 @@ class FlowPrior(Prior):
         )
         if is_flow(self.flow):
             flow = self.flow_
-            if isinstance(flow, ForeignFlow) or not flow.has_inverse:
+            enough = len(x) >= _ENOUGH and bool((x != x[0]).any())
+            if not flow.has_inverse or (isinstance(flow, ForeignFlow) and enough):
                 noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) - 0.5
                 fitted = flow.with_clean_data(x + self._level(x) * noise)
-                self.__dict__["_wrapped"] = id(self.flow), self.event_shape, fitted
+                # With the one that has passed the checks, for clones.
+                known = as_flow(self.flow, self.event_shape)
+                self.__dict__["_wrapped"] = id(self.flow), self.event_shape, fitted, known
             return self
         self._check_params(len(x))
         event_shape = tuple(event_shape) if event_shape is not None else shape
