@@ -19,7 +19,7 @@ from skaipo.metrics import (
     reconstruction_error,
     reconstruction_error_scorer,
 )
-from skaipo.solvers import GeometricSchedule
+from skaipo.solvers import DirectSchedule, GeometricSchedule
 
 __all__ = ["AIPORegressorCV", "aipo_path"]
 
@@ -156,7 +156,8 @@ class AIPORegressorCV(Continuation, Regressor):
         Scorer, higher is better. None: negative mean squared error against the clean images, or,
         where there are none, :func:`~skaipo.metrics.discrepancy_scorer`.
     prior, noise, solver, space, penalty, schedule, max_evals, tol, batch_size, n_jobs
-        As in :class:`AIPORegressor`, but for ``schedule``, which is "geometric".
+        As in :class:`AIPORegressor`, but for ``schedule``, which is "geometric": that of the path.
+        ``predict`` solves at ``lam_`` alone, as :class:`AIPORegressor` does by default.
     random_state, verbose
         As in :class:`AIPORegressor`.
 
@@ -252,6 +253,10 @@ class AIPORegressorCV(Continuation, Regressor):
                 f"This {type(self).__name__} has not chosen lambda yet: call fit(Y, X_clean) first."
             )
         return self.lam_
+
+    def _schedule(self):
+        # A path shares its way up; one lambda alone is better off with all of the budget.
+        return DirectSchedule() if self.schedule == "geometric" else super()._schedule()
 
     def _single(self, lam=1.0):
         """The estimator of one point of the path."""
