@@ -24,8 +24,13 @@ OLDEST := 'scikit-learn==1.6.*' 'numpy<2.2' 'scipy<1.15'
 NEWEST := scikit-learn numpy scipy
 MATRIX_TESTS := $(wildcard tests/test_sklearn.py tests/test_contract.py tests/test_model_selection.py)
 
+# The libraries whose operators and flows are taken as they are, in an environment of their own.
+INTEROP := .venv-interop
+INTEROP_TESTS := $(wildcard tests/test_interop_operators.py tests/test_every_operator.py \
+    tests/test_foreign_flows.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo paper-small test test-reference test-matrix docs lint format clean distclean
+.PHONY: help install demo paper-small test test-reference test-matrix test-interop docs lint format clean distclean
 
 help:
 	@echo "make demo         run the demo"
@@ -33,12 +38,13 @@ help:
 	@echo "make test         run the tests; PYTEST_ARGS='-k flows' passes arguments to pytest"
 	@echo "make test-reference  run them with the plain layers in place of the kernels"
 	@echo "make test-matrix  run the tests of the scikit-learn contract with its oldest and newest version"
+	@echo "make test-interop run the tests with operators and flows of other libraries (deepinv, FrEIA, nflows...)"
 	@echo "make docs         build the documentation into docs/_build/html"
 	@echo "make lint         check style and formatting"
 	@echo "make format       fix what can be fixed of both"
 	@echo "make install      only make the virtual environment, $(VENV)"
 	@echo "make clean        remove caches and build outputs"
-	@echo "make distclean    remove $(VENV) and $(MATRIX) as well"
+	@echo "make distclean    remove $(VENV), $(MATRIX) and $(INTEROP) as well"
 
 install: $(STAMP)
 
@@ -75,6 +81,15 @@ test-matrix: $(STAMP)
 	    "$$python" -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS) || failed="$$failed $$name"; \
 	done; \
 	[ -z "$$failed" ] || { echo "The tests failed with:$$failed" >&2; exit 1; }
+
+test-interop: $(STAMP)
+	@set -e; trap 'exit 130' INT TERM; \
+	python=$(INTEROP)/bin/python; \
+	"$$python" -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv --clear $(INTEROP); \
+	echo "Installing the interop libraries into $(INTEROP)"; \
+	"$$python" -m pip install $(PIP_OPTIONS) -c constraints.txt torch; \
+	"$$python" -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[test,interop]'; \
+	"$$python" -m pytest $(INTEROP_TESTS) $(PYTEST_ARGS)
 
 # Warnings are errors. EXAMPLES=0 leaves out the examples, which take longest.
 docs: $(DOCS_STAMP)
@@ -133,4 +148,4 @@ clean:
 	find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(MATRIX)
+	rm -rf $(VENV) $(MATRIX) $(INTEROP)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from importlib.util import find_spec
 
 # The examples are small; threads that wait for each other would make them slower. Before torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,7 +40,8 @@ numpydoc_show_inherited_class_members = False
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "auto_examples",
-    "filename_pattern": r"[\\/]plot_",
+    # What needs a library that is not there is shown, and not run.
+    "filename_pattern": r"[\\/]plot_" + ("" if find_spec("deepinv") else "(?!deepinv)"),
     "backreferences_dir": "gen_modules/backreferences",
     "doc_module": ("skaipo",),
     "plot_gallery": os.environ.get("EXAMPLES") != "0",

@@ -36,7 +36,7 @@ _STALE = 3600.0
 # ------------------------------------------------------------------- what the results depend on
 
 
-def describe_run(problem, y, start, batch_size):
+def describe_run(problem, y, start, batch_size, params=None):
     """Everything that the results of a run depend on, by name, as plain data for JSON.
 
     Parameters
@@ -47,6 +47,8 @@ def describe_run(problem, y, start, batch_size):
         Measurements, NaN where there are none.
     start : str or torch.Tensor
     batch_size : int
+    params : torch.Tensor of shape (n, ...), default=None
+        What the operator takes per row.
 
     Returns
     -------
@@ -76,6 +78,7 @@ def describe_run(problem, y, start, batch_size):
             if f.name != "surrogate"
         },
         start=_part("start", start),
+        op_params=_part("op_params", params),
         # Their results differ in the last bits.
         kernels=kernels(),
         batch_size=int(batch_size),

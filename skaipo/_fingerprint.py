@@ -71,11 +71,18 @@ def _source(obj):
         return ""
 
 
+def _code(code):
+    """What a code object does, as plain values."""
+    constants = [_code(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    return [code.co_code, code.co_names, constants]
+
+
 class _Walk:
     def __init__(self):
         # By identity: a digest, and the object itself, or another one might take over its id.
         self._known = {}
         self._path = {}
+        self._libraries = ()
 
     def digest(self, obj):
         key = id(obj)
@@ -124,6 +131,9 @@ class _Walk:
 
     def _global(self, obj):
         if "<" in obj.__qualname__:
+            library = (obj.__module__ or "").partition(".")[0]
+            if isinstance(obj, types.FunctionType) and library in self._libraries:
+                return self._local(obj)
             raise TypeError(
                 f"cannot pickle {obj.__qualname__}, which is not at a module's top level"
             )
@@ -131,7 +141,21 @@ class _Walk:
         classes = inspect.getmro(obj) if isinstance(obj, type) else (obj,)
         return self._all("global", [(c.__module__, c.__qualname__, _source(c)) for c in classes])
 
+    def _local(self, function):
+        """A lambda or local function of a library, whose globals are the library's own."""
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        parts = (function.__defaults__, function.__kwdefaults__, cells)
+        name = function.__module__, function.__qualname__
+        return self._all("local", (*name, _code(function.__code__), *parts))
+
     def _reduced(self, obj):
+        if hasattr(obj, "fingerprinted"):
+            # What had to be packed to pickle: itself, with the local functions of its library.
+            self._libraries, before = obj.libraries, self._libraries
+            try:
+                return self.digest(obj.fingerprinted)
+            finally:
+                self._libraries = before
         reduce = copyreg.dispatch_table.get(type(obj))
         parts = obj.__reduce_ex__(4) if reduce is None else reduce(obj)
         if isinstance(parts, str):

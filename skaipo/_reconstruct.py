@@ -8,13 +8,16 @@ import torch
 from skaipo._validation import to_numpy
 from skaipo.objective import MAPObjective
 from skaipo.solvers import (
+    FEASIBLE,
     STATUS,
     GaussianMetric,
     Method,
     Solution,
     continuation_path,
+    gauss_newton_start,
     gaussian_start,
     minimize,
+    misfit,
     mle_start,
 )
 
@@ -44,8 +47,10 @@ class Reconstruction:
     n_observed : ndarray of shape (n_samples,)
         Measurements that were there.
     status : ndarray of str of shape (n_samples,)
-        "converged", "budget" (ran out of evaluations), "stalled" (no step makes progress) or
-        "diverged" (numbers overflowed and smaller steps did not help).
+        "converged", "budget" (ran out of evaluations), "stalled" (no step makes progress),
+        "diverged" (numbers overflowed and smaller steps did not help) or, at ``lam=0`` and with an
+        operator that is not linear, "infeasible" (no image was found that explains the measurement;
+        the one that comes closest is returned).
     lam : float
     disagreement : ndarray of shape (n_samples,), or None
         With several starts: root mean square over the pixels, in their units, of the difference
@@ -147,7 +152,7 @@ class Problem:
     history: bool = field(default=False)
 
 
-def solve_chunk(problem, y, starts):
+def solve_chunk(problem, y, starts, params=None):
     """Solve for one chunk of rows at every target.
 
     Parameters
@@ -156,6 +161,8 @@ def solve_chunk(problem, y, starts):
     y : torch.Tensor of shape (n, m)
     starts : list of "mle", "zero" or torch.Tensor of shape (n, d)
         A tensor holds latents. Several starts share the budget, and the best result is kept.
+    params : torch.Tensor of shape (n, ...), default=None
+        What the operator takes per row.
 
     Returns
     -------
@@ -165,7 +172,7 @@ def solve_chunk(problem, y, starts):
         Evaluations of the whole chunk, all targets and starts together.
     """
     try:
-        return _solve_rows(problem, y, starts)
+        return _solve_rows(problem, y, starts, params)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
@@ -186,6 +193,7 @@ def solve_chunk(problem, y, starts):
             problem,
             y[rows],
             [start[rows] if isinstance(start, torch.Tensor) else start for start in starts],
+            None if params is None else params[rows],
         )
         for rows in (slice(half), slice(half, None))
     ]
@@ -208,16 +216,22 @@ def _concatenated(first, second):
     return result
 
 
-def _solve_rows(problem, y, starts):
+def _solve_rows(problem, y, starts, params):
     if len(starts) > 1:
         problem = replace(problem, max_evals=problem.max_evals // len(starts))
     runs, total, metric = [], 0, None
     for start in starts:
         # One frozen module serves everything; a worker unpacks it once per chunk.
         objective = MAPObjective(
-            problem.prior.flow_, problem.op, problem.noise, y, problem.space, problem.penalty
+            problem.prior.flow_,
+            problem.op,
+            problem.noise,
+            y,
+            problem.space,
+            problem.penalty,
+            params,
         )
-        if problem.surrogate is not None:
+        if problem.surrogate is not None and problem.op.is_linear:
             # The same for every start: it knows of the measurements, not of the iterates.
             metric = GaussianMetric(problem.surrogate, objective) if metric is None else metric
             objective.metric = metric
@@ -275,6 +289,8 @@ def _solutions(problem, objective, start, history):
         before = objective.n_evals.clone()
         evaluation = objective.evaluate(u0)
         status = torch.where(converged, STATUS.index("converged"), STATUS.index("budget"))
+        if objective.noise.is_exact_fit and not objective.op.is_linear:
+            status[misfit(objective, x0) > FEASIBLE] = STATUS.index("infeasible")
         status[~evaluation.finite()] = STATUS.index("diverged")
         solution = Solution(u0, evaluation, torch.zeros_like(y[:, 0]), status, {})
         n_evals = objective.n_evals.clone()
@@ -292,13 +308,19 @@ def _solutions(problem, objective, start, history):
         # Where a path has a trunk the start is that of the trunk, whatever the targets.
         trunk = getattr(problem.schedule, "trunk", lambda objective: lams)(objective)
         target = torch.full_like(y[:, 0], trunk[0])
-        u0 = gaussian_start(objective, target, max_evals=max_evals // 3)
+        if objective.op.is_linear:
+            u0 = gaussian_start(objective, target, max_evals=max_evals // 3)
+        else:
+            u0 = gauss_newton_start(problem.surrogate, objective, target, max_evals=max_evals // 3)
     elif not mle:
         u0 = z0 if isinstance(start, str) else start
         if objective.space == "image":
             known = isinstance(start, str)
             u0 = objective.centre() if known else objective.in_space("latent").image(u0)
             objective.n_evals += 1
+    if problem.surrogate is not None and objective.metric is None and objective.space == "image":
+        # The curvature of an operator that is not linear, where the solver begins.
+        objective.metric = GaussianMetric(problem.surrogate, objective, at=u0)
     if problem.schedule is None:
         (lam,) = lams
         solution = minimize(objective, u0, torch.full_like(y[:, 0], lam), problem.method, **options)

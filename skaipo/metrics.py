@@ -85,7 +85,7 @@ def discrepancy_scorer(estimator, Y, y=None):
     Parameters
     ----------
     estimator : AIPORegressor or FixedLambdaMAP, or a pipeline that ends in one
-        With ``noise=GaussianNoise(sigma)``.
+        With ``noise=GaussianNoise(sigma)`` or ``CorrelatedGaussianNoise(covariance)``.
     Y : array-like of shape (n_samples, m)
     y : Ignored
 
@@ -101,12 +101,12 @@ def discrepancy_scorer(estimator, Y, y=None):
     if hasattr(estimator, "steps"):
         Y = estimator[:-1].transform(Y) if len(estimator.steps) > 1 else Y
         estimator = estimator[-1]
-    if not hasattr(estimator.noise, "sigma"):
+    if not any(hasattr(estimator.noise, name) for name in ("sigma", "covariance")):
         raise ValueError(
             f"discrepancy_scorer needs to know the size of the noise: set "
             f"noise=GaussianNoise(sigma) on the estimator, got noise={estimator.noise!r}."
         )
     result = estimator.reconstruct(Y)
-    # The misfit is half of the squared residual in units of sigma.
+    # The misfit is half of the squared residual in units of the noise.
     quotient = 2 * np.asarray(result.misfit) / np.asarray(result.n_observed)
     return -float(np.abs(np.log(np.maximum(quotient, 1e-300))).mean())

@@ -12,7 +12,7 @@ from sklearn.utils.validation import _num_samples
 
 from skaipo._validation import check_lam
 from skaipo.estimators import AIPORegressor
-from skaipo.estimators._base import is_fitted, is_learnt, is_prior
+from skaipo.estimators._base import is_learnt, is_prior
 from skaipo.estimators._estimators import Continuation, Regressor
 from skaipo.metrics import (
     discrepancy_scorer,
@@ -33,7 +33,7 @@ def _grid(lams, eps, estimator):
             )
         prior = estimator._ready_prior()
         _, noise = estimator._bind(prior)
-        top = noise.max_curvature() * prior.flow_.data_scale() ** 2
+        top = noise.typical_curvature() * prior.flow_.data_scale() ** 2
         return np.geomspace(eps * top, top, int(lams)) if lams > 1 else np.array([top])
     grid = np.array([check_lam(lam) for lam in np.asarray(lams).ravel().tolist()])
     if len(grid) == 0:
@@ -51,7 +51,7 @@ def _check_schedule(schedule):
         )
 
 
-def aipo_path(Y, op, prior, *, lams=20, eps=1e-3, return_details=False, **params):
+def aipo_path(Y, op, prior, *, lams=20, eps=1e-3, return_details=False, op_params=None, **params):
     """Reconstructions along a grid of lambdas, by one continuation.
 
     The stages on the way up, the trunk, are shared; each lambda of the grid branches off. Every
@@ -75,6 +75,8 @@ def aipo_path(Y, op, prior, *, lams=20, eps=1e-3, return_details=False, **params
         Length of that grid, ``lam_min / lam_max``.
     return_details : bool, default=False
         Return the :class:`~skaipo.Reconstruction` of each lambda and the evaluations as well.
+    op_params : array-like of shape (n_samples, ...), default=None
+        What the operator takes per row (its kernel, its mask), for operators that do.
     **params
         Of :class:`AIPORegressor`: noise, solver, space, penalty, schedule, init, max_evals, tol,
         batch_size, n_jobs, verbose.
@@ -104,7 +106,7 @@ def aipo_path(Y, op, prior, *, lams=20, eps=1e-3, return_details=False, **params
     estimator = AIPORegressor(op, prior=prior, **params)
     _check_schedule(estimator.schedule)
     lams = _grid(lams, eps, estimator)
-    results, n_evals = estimator._solve(Y, tuple(lams.tolist()))
+    results, n_evals = estimator._solve(Y, tuple(lams.tolist()), op_params=op_params)
     images = [result.x for result in results]
     if isinstance(images[0], np.ndarray):
         X_path = np.stack(images)
@@ -122,10 +124,10 @@ class _AlongPath:
     def __getattr__(self, name):
         return getattr(self._estimator, name)
 
-    def predict(self, Y):
+    def predict(self, Y, **params):
         return self._result.x
 
-    def reconstruct(self, Y):
+    def reconstruct(self, Y, **params):
         return self._result
 
     def score(self, Y, y, sample_weight=None):
@@ -258,7 +260,7 @@ class AIPORegressorCV(Continuation, Regressor):
             del params[name]
         return clone(AIPORegressor(lam=lam, **params))
 
-    def fit(self, X, y=None, *, prior=None):
+    def fit(self, X, y=None, *, prior=None, op_params=None):
         """Choose lambda, then make the prior ready as :meth:`AIPORegressor.fit` does.
 
         Parameters
@@ -269,6 +271,8 @@ class AIPORegressorCV(Continuation, Regressor):
             Clean images; without them a fitted prior and a scorer that needs none.
         prior : prior, default=None
             Like ``set_params(prior=prior)``.
+        op_params : array-like of shape (n_samples, ...), default=None
+            What the operator takes per row (its kernel, its mask), for operators that do.
 
         Returns
         -------
@@ -283,22 +287,24 @@ class AIPORegressorCV(Continuation, Regressor):
                 f"{type(self).__name__} chooses lambda by measurements: call fit(Y, X_clean), and "
                 f"pass the prior as {type(self).__name__}(op, prior=prior) or fit(Y, prior=prior)."
             )
-        X, y = indexable(X, y)
+        X, y, op_params = indexable(X, y, op_params)
         super().fit(X, y, prior=prior)
         fitted = self._single()
         fitted.prior = self.prior_
         if is_learnt(self.op):
             fitted.op = self.op_
+        if hasattr(self, "noise_"):
+            fitted.noise = self.noise_
         lams = _grid(self.lams, self.eps, fitted)
         scorer = self._scorer(y)
-        frozen = is_fitted(self.prior) and not is_learnt(self.op)
+        frozen = self._is_ready()
         folds = list(check_cv(self.cv, None, classifier=False).split(X, y))
         targets = tuple(lams.tolist())
         # Where nothing is learnt in the folds and they share rows, one path serves all of them.
         # (Where they do not, a path for each costs the same, and has the chunks of GridSearchCV.)
         shared, n_evals = None, 0
         if frozen and sum(len(test) for _, test in folds) > _num_samples(X):
-            shared, n_evals = fitted._solve(X, targets)
+            shared, n_evals = fitted._solve(X, targets, op_params=op_params)
         scores, errors = np.empty((len(lams), len(folds))), np.empty((len(lams), len(folds)))
         for k, (train, test) in enumerate(folds):
             Y_test = _safe_indexing(X, test)
@@ -310,7 +316,8 @@ class AIPORegressorCV(Continuation, Regressor):
                 if not frozen:
                     X_train, y_train = _safe_indexing(X, train), _safe_indexing(y, train)
                     estimator = self._single().fit(X_train, y_train)
-                results, spent = estimator._solve(Y_test, targets)
+                test_params = None if op_params is None else _safe_indexing(op_params, test)
+                results, spent = estimator._solve(Y_test, targets, op_params=test_params)
                 n_evals += spent
             for i, result in enumerate(results):
                 if getattr(self, "_one_output", False):

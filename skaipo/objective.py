@@ -121,6 +121,8 @@ class MAPObjective:
     penalty : {"density", "latent"}, default="density"
         ``-log p_G(x)``, the MAP of Liu et al. (2023), the same function in both spaces; or
         ``||z||^2 / 2``, the surrogate of Asim et al. (2020), whose minimiser is another one.
+    params : torch.Tensor of shape (n, ...), default=None
+        What the operator takes per row.
 
     Attributes
     ----------
@@ -130,15 +132,15 @@ class MAPObjective:
         Which measurements exist.
     """
 
-    def __init__(self, flow, op, noise, y, space="image", penalty="density"):
+    def __init__(self, flow, op, noise, y, space="image", penalty="density", params=None):
         self.flow = flow
         self._evaluator = flow.compile_for_inference()
         self.op = op
+        self.params = params
         self.noise = noise
         self.space = check_choice("space", space, SPACES)
         self.penalty = check_choice("penalty", penalty, PENALTIES)
-        measured = torch.tensor(op.measured_, device=y.device)
-        self.observed = measured & ~y.isnan()
+        self.observed = op.given(params).measured(y) & ~y.isnan()
         self.y = torch.where(self.observed, y, 0.0)
         self.n_evals = torch.zeros(len(y), dtype=torch.long, device=y.device)
         self._metric = None
@@ -169,7 +171,13 @@ class MAPObjective:
         other._metric = None  # it belongs to all rows
         for name in ("y", "observed", "n_evals"):
             setattr(other, name, getattr(self, name)[rows])
+        if self.params is not None:
+            other.params = self.params[rows]
         return other
+
+    def operator(self, rows):
+        """The operator for some rows (k,); the same for all where it takes no parameters."""
+        return self.op.given(None if self.params is None else self.params[rows])
 
     @property
     def n_features(self):
@@ -217,22 +225,26 @@ class MAPObjective:
             rows = torch.arange(len(self), device=u.device)
         self.n_evals[rows] += 1
         terms = self._image_terms if self.space == "image" else self._latent_terms
-        return Evaluation(*terms(u.detach(), self.y[rows], self.observed[rows]))
+        return Evaluation(*terms(u.detach(), rows))
 
-    def _data_terms(self, x, y, observed):
+    def _data_terms(self, x, rows):
         """The data term and its gradient with respect to the image."""
 
-        def terms(x, y, observed):
+        def terms(x, y, observed, rows):
             with torch.enable_grad():
                 x = x.requires_grad_()
-                data = self.noise.nll(self.op.forward(x), y, observed)
+                data = self.noise.nll(self.operator(rows).forward(x), y, observed)
                 (gradient,) = torch.autograd.grad(data.sum(), x)
             return data.detach(), gradient
 
-        return padded(terms, x.clone(), y, observed)
+        return padded(terms, x.clone(), self.y[rows], self.observed[rows], rows)
 
-    def _image_terms(self, x, y, observed):
-        data, grad_data = self._data_terms(x, y, observed)
+    def misfit(self, x, rows):
+        """The data term at images (k, d) alone, (k,): no flow is evaluated."""
+        return self._data_terms(x, rows)[0]
+
+    def _image_terms(self, x, rows):
+        data, grad_data = self._data_terms(x, rows)
         z, log_det, pull = self._evaluator.linearize(x)
         half_norm = 0.5 * z.square().sum(1)
         log_prob = log_det - half_norm - self._log_normaliser()
@@ -240,9 +252,9 @@ class MAPObjective:
         (grad_prior,) = pull((z, -1.0 if density else 0.0))
         return x, data, -log_prob if density else half_norm, log_prob, grad_data, grad_prior
 
-    def _latent_terms(self, z, y, observed):
+    def _latent_terms(self, z, rows):
         x, log_det, pull = self._evaluator.linearize_inverse(z)
-        data, grad_x = self._data_terms(x, y, observed)
+        data, grad_x = self._data_terms(x, rows)
         half_norm = 0.5 * z.square().sum(1)
         log_prob = -half_norm - log_det - self._log_normaliser()
         if self.penalty == "latent":

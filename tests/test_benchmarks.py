@@ -1,5 +1,6 @@
 """The benchmark of the paper's experiments: what it computes, and that it goes on where it was."""
 
+import csv
 import importlib
 import math
 from pathlib import Path
@@ -164,3 +165,23 @@ def test_the_tasks_are_the_papers(paper):
     box = paper.TASKS["box"].operator(shape, 0).bind(shape).measured_.reshape(shape)
     assert (~box).sum() == 3 * 10 * 10 and not box[:, 11:21, 11:21].any()
     assert paper.budget("denoising", 1500) == 1000 and paper.budget("box", 1500) == 1500
+
+
+def test_noise_rows(monkeypatch, tmp_path):
+    """Three digits, two of validation: rows of both models, paired, and other tasks' rows kept."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    noise = importlib.import_module("noise")
+    monkeypatch.setattr(noise, "RESULTS", tmp_path / "noise.csv")
+    monkeypatch.setattr(noise, "LAMS", (0.5, 1.0))
+    words = "--parts models --images 3 --validation 2 --max-evals 6 --tasks"
+    for task in ("poisson", "bit", "poisson"):
+        noise.main([*words.split(), task])
+    with (tmp_path / "noise.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["task"] for row in rows] == ["bit", "bit", "poisson", "poisson"]
+    for right, gaussian in (rows[:2], rows[2:]):
+        assert gaussian["model"] == "Gaussian" and float(gaussian["psnr_gain"]) == 0
+        gain = float(right["psnr"]) - float(gaussian["psnr"])
+        assert float(right["psnr_gain"]) == pytest.approx(gain, abs=1e-3)
+        assert float(right["psnr_low"]) <= gain <= float(right["psnr_high"])
+        assert right["images"] == "3" and 0 <= float(right["win"]) <= 1

@@ -35,7 +35,7 @@ ALLOWED_CROSSINGS = {
 }
 
 # What `import skaipo` must neither load nor need.
-OPTIONAL = ("matplotlib", "rich", "pandas", "dask", "pylops")
+OPTIONAL = ("matplotlib", "rich", "pandas", "dask", "pylops", "deepinv", "torchvision")
 OPTIONAL += ("normflows", "zuko", "nflows", "FrEIA")
 
 

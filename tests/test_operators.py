@@ -687,7 +687,7 @@ def test_base_class_names_what_is_missing():
 
     with pytest.raises(TypeError, match="abstract class Operator .*_setup.*"):
         Operator()
-    with pytest.raises(TypeError, match="abstract class Mine .*adjoint.*forward.*norm.*projector"):
+    with pytest.raises(TypeError, match="abstract class Mine .*forward"):
         Mine()
 
 
@@ -711,7 +711,7 @@ def test_as_operator():
         ("denoising", "str"),
         (np.ones(3), r"ndarray of shape (3,)"),
         (torch.ones(2, 3, 4), r"Tensor of shape (2, 3, 4)"),
-        (lambda x: x, "function"),
+        (object(), "object"),
         (Denoising, "the class Denoising; did you mean Denoising(...)"),
         ([[1.0]], "list"),
     ],

@@ -18,10 +18,12 @@ from skaipo._progress import Progress
 from skaipo._reconstruct import Problem, Reconstruction, solve_chunk
 from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
 from skaipo.flows._foreign import is_flow
-from skaipo.noise import as_noise
+from skaipo.noise import GaussianNoise, as_noise
 from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
 from skaipo.operators._base import ShortRepr
+from skaipo.operators._convert import is_foreign
+from skaipo.operators._packing import Packed, packed
 from skaipo.priors import FlowPrior
 from skaipo.solvers import (
     LBFGS,
@@ -81,7 +83,12 @@ class Reconstructor(ShortRepr, BaseEstimator):
 
     def _is_ready(self):
         """Whether there is nothing left to learn."""
-        return self.prior is not None and is_fitted(self.prior) and not is_learnt(self.op)
+        estimated = getattr(self.noise, "is_estimated", False)
+        return (
+            self.prior is not None
+            and is_fitted(self.prior)
+            and not (is_learnt(self.op) or estimated)
+        )
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -94,13 +101,36 @@ class Reconstructor(ShortRepr, BaseEstimator):
 
     def __sklearn_clone__(self):
         # clone() would give back an unfitted prior; a fitted one rides along, weights shared.
-        if not (is_prior(self.prior) and is_fitted(self.prior)):
-            return super().__sklearn_clone__()
+        # Neither does what measures need copies: matrices and foreign operators are only read.
+        keeps_prior = is_prior(self.prior) and is_fitted(self.prior)
+        keeps_op = not hasattr(self.op, "get_params")
         shell = copy.copy(self)
-        shell.prior = None
+        shell.prior = None if keeps_prior else self.prior
+        shell.op = None if keeps_op else self.op
         other = super(Reconstructor, shell).__sklearn_clone__()
-        other.prior = copy.copy(self.prior)
+        if keeps_prior:
+            other.prior = copy.copy(self.prior)
+        if keeps_op:
+            other.op = self.op
         return other
+
+    def __copy__(self):
+        # As if there were no __getstate__, which packs.
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self):
+        state = dict(super().__getstate__())
+        if is_foreign(self.op):
+            # Lambdas in it must not keep a whole search from running in other processes.
+            state["op"] = packed(self.op, f"The op of this {type(self).__name__}")
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if isinstance(self.op, Packed):
+            self.op = self.op.open()
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "prior_") or self._is_ready()
@@ -112,7 +142,8 @@ class Reconstructor(ShortRepr, BaseEstimator):
         ----------
         X : prior, or array-like of shape (n_samples, m), default=None
             ``fit(prior)`` takes a fitted prior, like ``set_params(prior=prior)``. Otherwise the
-            measurements, whose width is noted.
+            measurements, whose width is noted, and from which ``GaussianNoise("estimate")`` is
+            estimated.
         y : array-like of shape (n_samples, d), default=None
             Clean data, on which an unfitted ``prior`` is trained.
         prior : prior, default=None
@@ -159,9 +190,16 @@ class Reconstructor(ShortRepr, BaseEstimator):
             )
             flat, _, _ = check_batch(clean, name="y", dtype=torch.float64)
             self.op_ = self.op.learn(to_numpy(flat), to_numpy(measured))
-        op, _ = self._bind(self.prior_)
+        op = self._bind_op(self.prior_)
+        noise = self._noise_for(op)
+        vars(self).pop("noise_", None)
         if X is not None:
-            self._measurements(X, op, reset=True)
+            measured, _, _ = self._measurements(X, op, reset=True)
+            noise.check_measurements(measured)
+            if noise.is_estimated:
+                self.noise_ = noise = noise.estimate(measured, op)
+        if not noise.is_estimated:
+            noise.bind(op.n_measurements_)
         # (What is X itself has been checked.)
         d = op.n_features_in_
         if clean is not None and clean is not X and math.prod(clean.shape[1:]) != d:
@@ -215,6 +253,18 @@ class Reconstructor(ShortRepr, BaseEstimator):
         )
 
     def _bind(self, prior):
+        op = self._bind_op(prior)
+        noise = self._noise_for(op)
+        if noise.is_estimated:
+            if not hasattr(self, "noise_"):
+                raise NotFittedError(
+                    f"The noise of this {type(self).__name__} is still to be estimated: call "
+                    f"fit(Y) with measurements, or pass a number, noise=GaussianNoise(sigma)."
+                )
+            noise = self.noise_
+        return op, noise.bind(op.n_measurements_)
+
+    def _bind_op(self, prior):
         if self.op is None:
             raise ValueError(
                 f"{type(self).__name__} needs a forward operator: pass op, for example "
@@ -228,8 +278,13 @@ class Reconstructor(ShortRepr, BaseEstimator):
                     f"fit(Y, X_clean)."
                 )
             op = self.op_
-        op = as_operator(op).bind(prior.event_shape_)
-        return op, as_noise(self.noise).bind(op.n_measurements_)
+        return as_operator(op).bind(prior.event_shape_)
+
+    def _noise_for(self, op):
+        """The noise model; where none is given, what the operator says of its noise."""
+        if self.noise is None and op.implied_sigma is not None:
+            return GaussianNoise(op.implied_sigma)
+        return as_noise(self.noise)
 
     def _measurements(self, Y, op, reset=False, flow=None, mask=None):
         estimator = self if reset or hasattr(self, "n_features_in_") else None
@@ -278,7 +333,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         """The starts: "gaussian", "mle", "zero", or latents (n, d) for all rows."""
         first = check_choice("init", self.init, INITS)
         if first == "auto":
-            first = "gaussian" if op.is_linear else "zero"
+            first = "gaussian"
         kinds = [first, *(kind for kind in ("zero", "mle") if kind != first)][: self.n_starts]
         kinds += ["random"] * (self.n_starts - len(kinds))
         if not flow.has_inverse:
@@ -319,22 +374,19 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 "start would be another one when the run goes on. Pass random_state=0, say."
             )
 
-    def _solve(self, Y, lams, mask=None, history=False, checkpoint=None):
+    def _solve(self, Y, lams, mask=None, history=False, checkpoint=None, op_params=None):
         """Reconstructions at ascending lambdas, and the evaluations that all of them took."""
         self._check_params()
         prior = self._ready_prior()
         flow = prior.flow_
         op, noise = self._bind(prior)
         y, layout, _ = self._measurements(Y, op, flow=flow, mask=mask)
+        noise.check_measurements(y)
+        params = op.check_params(op_params, len(y), like=y)
         starts = self._starts(y, flow, op)
         method = self._method()
         helps = self.space == "image" and method.wants_metric
         needed = "gaussian" in [start for start in starts if isinstance(start, str)]
-        if needed and not op.is_linear:
-            raise ValueError(
-                f"init='gaussian' needs a linear operator, {type(op).__name__} is not: use "
-                f"init='zero'."
-            )
         problem = Problem(
             prior=prior,
             op=op,
@@ -347,7 +399,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             max_evals=self.max_evals,
             tol=self.tol,
             mle_solver=check_choice("mle_solver", self.mle_solver, MLE_SOLVERS),
-            surrogate=surrogate_of(flow) if needed or (helps and op.is_linear) else None,
+            surrogate=surrogate_of(flow) if needed or helps else None,
             history=history,
         )
         # The edges of the chunks follow batch_size alone: results do not depend on n_jobs.
@@ -355,14 +407,15 @@ class Reconstructor(ShortRepr, BaseEstimator):
         store = None
         if checkpoint is not None:
             self._check_repeatable(starts)
-            store = Checkpoint(checkpoint, describe_run(problem, y, starts, self.batch_size))
+            run = describe_run(problem, y, starts, self.batch_size, params)
+            store = Checkpoint(checkpoint, run)
         parts = [None if store is None else store.load(k) for k in range(len(chunks))]
         todo = [k for k, part in enumerate(parts) if part is None]
 
         def task(k):
             rows = chunks[k]
             start = [start if isinstance(start, str) else start[rows] for start in starts]
-            args = (problem, y[rows], start)
+            args = (problem, y[rows], start, None if params is None else params[rows])
             if store is None:
                 return delayed(solve_chunk)(*args)
             return delayed(store.solve)(k, solve_chunk, *args)
@@ -382,7 +435,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             result.x = layout.restore(to_tensor(result.x), op.event_shape_)
         return joined, total
 
-    def reconstruct(self, Y, *, mask=None, history=False, checkpoint=None):
+    def reconstruct(self, Y, *, mask=None, history=False, checkpoint=None, op_params=None):
         """Reconstruct a batch and tell how each row went.
 
         Parameters
@@ -399,6 +452,8 @@ class Reconstructor(ShortRepr, BaseEstimator):
             same bits as one that was never interrupted. It is made if it is missing, and belongs
             to one run: whatever the results depend on must be the same when the call is repeated,
             but not ``n_jobs`` and ``verbose``.
+        op_params : array-like of shape (n_samples, ...), default=None
+            What the operator takes per row (its kernel, its mask), for operators that do.
 
         Returns
         -------
@@ -414,7 +469,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         OSError
             If ``checkpoint`` cannot be written.
         """
-        (result,), _ = self._solve(Y, (self._target(),), mask, history, checkpoint)
+        (result,), _ = self._solve(Y, (self._target(),), mask, history, checkpoint, op_params)
         diverged = int((result.status == "diverged").sum())
         if diverged:
             warnings.warn(
@@ -426,9 +481,9 @@ class Reconstructor(ShortRepr, BaseEstimator):
             )
         return result
 
-    def _predict(self, Y, mask, checkpoint=None):
+    def _predict(self, Y, mask, checkpoint=None, op_params=None):
         """The reconstructions alone, with a warning that counts what did not converge."""
-        result = self.reconstruct(Y, mask=mask, checkpoint=checkpoint)
+        result = self.reconstruct(Y, mask=mask, checkpoint=checkpoint, op_params=op_params)
         counts = result.counts()
         open_rows = counts["budget"] + counts["stalled"]
         if open_rows:

@@ -30,7 +30,7 @@ class Regressor(RegressorMixin, Reconstructor):
         tags.target_tags.multi_output = True
         return tags
 
-    def predict(self, Y, mask=None, checkpoint=None):
+    def predict(self, Y, mask=None, checkpoint=None, op_params=None):
         """Reconstruct a batch of measurements.
 
         Parameters
@@ -42,6 +42,9 @@ class Regressor(RegressorMixin, Reconstructor):
         checkpoint : path-like, default=None
             Directory that keeps the finished chunks of rows, so that the same call goes on there
             if the process was killed; see :meth:`reconstruct`.
+        op_params : array-like of shape (n_samples, ...), default=None
+            What the operator takes per row (its kernel, its mask), for operators that do. With
+            ``set_predict_request(op_params=True)`` pipelines and searches route it.
 
         Returns
         -------
@@ -49,10 +52,10 @@ class Regressor(RegressorMixin, Reconstructor):
             In the layout and dtype of ``Y``. Rows that did not converge are counted in a
             ``ConvergenceWarning``; :meth:`reconstruct` tells which they are.
         """
-        X = self._predict(Y, mask, checkpoint)
+        X = self._predict(Y, mask, checkpoint, op_params)
         return X.reshape(len(X)) if getattr(self, "_one_output", False) else X
 
-    def score(self, X, y, sample_weight=None):
+    def score(self, X, y, sample_weight=None, op_params=None):
         """Coefficient of determination, pooled over pixels.
 
         ``1 - sum (x - x_hat)^2 / sum (x - mean)^2`` with one mean per pixel and one quotient over
@@ -65,12 +68,15 @@ class Regressor(RegressorMixin, Reconstructor):
         y : array-like of shape (n_samples, d)
             Clean images.
         sample_weight : array-like of shape (n_samples,), default=None
+        op_params : array-like of shape (n_samples, ...), default=None
+            As in :meth:`predict`.
 
         Returns
         -------
         score : float
         """
-        predicted = np.asarray(self.predict(X), dtype=np.float64)
+        params = {} if op_params is None else dict(op_params=op_params)
+        predicted = np.asarray(self.predict(X, **params), dtype=np.float64)
         true = np.asarray(y, dtype=np.float64)
         if len(true) != len(predicted):
             raise ValueError(f"y holds {len(true)} images for {len(predicted)} measurements.")
@@ -164,7 +170,8 @@ class AIPORegressor(Continuation, Regressor):
     prior : FlowPrior or GaussianPrior, default=None
         Fitted, or unfitted and trained by ``fit(Y, X_clean)``.
     noise : NoiseModel, default=None
-        None: ``||y - f(x)||^2``. ``GaussianNoise(sigma)``: the same over ``2 sigma^2``.
+        None: ``||y - f(x)||^2``. ``GaussianNoise(sigma)``: the same over ``2 sigma^2``; others in
+        :mod:`skaipo.noise`.
     solver : {"hybrid", "lbfgs", "adam", "gd"} or Method, default="hybrid"
         Update rule: :class:`~skaipo.solvers.Hybrid`, :class:`~skaipo.solvers.LBFGS`,
         :class:`~skaipo.solvers.Adam` or :class:`~skaipo.solvers.GradientDescent`.
@@ -208,6 +215,8 @@ class AIPORegressor(Continuation, Regressor):
     ----------
     prior_ : FlowPrior or GaussianPrior
         The fitted prior.
+    noise_ : GaussianNoise
+        With its sigma as ``fit`` estimated it, for ``noise=GaussianNoise("estimate")``.
     n_features_in_ : int
         Number of measurements, if ``fit`` saw some.
 
@@ -251,6 +260,8 @@ class AIPOTransformer(
     ----------
     prior_ : FlowPrior or GaussianPrior
         The fitted prior.
+    noise_ : GaussianNoise
+        With its sigma as ``fit`` estimated it, for ``noise=GaussianNoise("estimate")``.
     n_features_in_ : int
         Number of measurements, if ``fit`` saw some.
 
@@ -293,7 +304,7 @@ class AIPOTransformer(
         """Fit, then reconstruct the same rows; see :meth:`fit` and :meth:`transform`."""
         return self.fit(X, y, prior=prior).transform(X, mask)
 
-    def transform(self, Y, mask=None, checkpoint=None):
+    def transform(self, Y, mask=None, checkpoint=None, op_params=None):
         """Reconstruct a batch of measurements.
 
         Parameters
@@ -305,13 +316,15 @@ class AIPOTransformer(
         checkpoint : path-like, default=None
             Directory that keeps the finished chunks of rows, so that the same call goes on there
             if the process was killed; see :meth:`reconstruct`.
+        op_params : array-like of shape (n_samples, ...), default=None
+            What the operator takes per row (its kernel, its mask), for operators that do.
 
         Returns
         -------
         X : ndarray or torch.Tensor of shape (n_samples, d)
             Rows that did not converge are counted in a ``ConvergenceWarning``.
         """
-        return self._predict(Y, mask, checkpoint)
+        return self._predict(Y, mask, checkpoint, op_params)
 
 
 class FixedLambdaMAP(Regressor):
@@ -341,6 +354,8 @@ class FixedLambdaMAP(Regressor):
     ----------
     prior_ : FlowPrior or GaussianPrior
         The fitted prior.
+    noise_ : GaussianNoise
+        With its sigma as ``fit`` estimated it, for ``noise=GaussianNoise("estimate")``.
     n_features_in_ : int
         Number of measurements, if ``fit`` saw some.
 

@@ -11,7 +11,10 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.exceptions import NotFittedError
+
+from skaipo.operators._iterative import ConjugateGradientProjector, power_norm
+from skaipo.operators._params import OneRow, RowParameters
+from skaipo.operators._projector import AffineProjector, check_same_rows
 
 __all__ = ["AffineProjector", "Operator", "ShortRepr", "check_same_rows", "describe"]
 
@@ -56,18 +59,27 @@ class ShortRepr:
         return f"<pre>{html.escape(repr(self))}</pre>"
 
 
-class Operator(ShortRepr, BaseEstimator, ABC):
+class Operator(RowParameters, ShortRepr, BaseEstimator, ABC):
     """Base class of forward operators ``f``.
 
-    A subclass stores its parameters in ``__init__``, writes the private hook ``_setup`` (called on
-    the bound copy once ``event_shape_`` and ``n_features_in_`` are known; it sets
-    ``n_measurements_`` and any arrays, or raises ``ValueError``), and ``forward``, ``adjoint``,
-    ``projector`` and ``norm``.
+    A subclass stores its parameters in ``__init__`` and writes ``forward`` and the private hook
+    ``_setup``: called on the bound copy once ``event_shape_`` and ``n_features_in_`` are known, it
+    sets ``n_measurements_``, or ``measurement_shape_`` where a measurement is an image, and any
+    arrays, or raises ``ValueError``.
+
+    For a linear or affine ``f`` the rest follows: ``adjoint`` by automatic differentiation,
+    ``projector`` by conjugate gradients, ``norm`` by Lanczos iterations. Write them as well where
+    there is a formula.
 
     Attributes
     ----------
     is_linear : bool
-        Class attribute, True when ``f`` is linear.
+        Class attribute, True when ``f`` is linear, or affine: linear but for a constant.
+    takes_params : bool
+        True where every row has parameters of its own (its kernel, its mask); see :meth:`given`.
+    needs_params : bool
+        True where nothing can be measured without them. The same as ``takes_params``, unless a
+        class says otherwise.
     event_shape_ : tuple of int
         Shape of one image. This and the next ones exist on bound operators only.
     n_features_in_ : int
@@ -75,12 +87,17 @@ class Operator(ShortRepr, BaseEstimator, ABC):
     n_measurements_ : int
         Number of measurements ``m``.
     measurement_shape_ : tuple of int
-        Shape of one measurement: ``event_shape_`` if ``f`` keeps the shape, else ``(m,)``.
+        Shape of one measurement: what ``_setup`` says, else ``(m,)``.
     measured_ : ndarray of bool, shape (m,)
         Which entries of a measurement exist at all; the others are to be ignored.
+    precision_ : torch.dtype
+        Precision in which ``f`` is computed, whatever the images come in; float64 means theirs.
     """
 
     is_linear = True
+    precision_ = torch.float64
+    # Standard deviation of the noise that comes with a foreign operator.
+    implied_sigma = None
     _keeps_shape = False
 
     def bind(self, event_shape):
@@ -106,22 +123,43 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         shape = tuple(operator.index(size) for size in shape)
         if not shape or min(shape) < 1:
             raise ValueError(f"event_shape must hold positive sizes, got {shape}.")
-        params = self.get_params(deep=False)
+        params = self.get_params()
         if self.__dict__.get("event_shape_") == shape:
             # set_params on a bound operator must not leave the old arrays in use.
             before = self._bound_params
-            if all(_same(value, before[name]) for name, value in params.items()):
+            same = params.keys() == before.keys()
+            if same and all(_same(value, before[name]) for name, value in params.items()):
                 return self
-        bound = type(self)(**params)
+        bound = type(self)(**self.get_params(deep=False))
         bound._bound_params = params
         bound.event_shape_ = shape
         bound.n_features_in_ = math.prod(shape)
         bound._setup()
-        m = bound.n_measurements_
-        bound.measurement_shape_ = shape if self._keeps_shape else (m,)
+        bound._settle_shape()
         if "measured_" not in bound.__dict__:
-            bound.measured_ = np.ones(m, dtype=bool)
+            bound.measured_ = np.ones(bound.n_measurements_, dtype=bool)
         return bound
+
+    def _settle_shape(self):
+        """Number and shape of the measurements, from what ``_setup`` has said of them."""
+        name, said = type(self).__name__, self.__dict__
+        if "measurement_shape_" in said:
+            self.measurement_shape_ = tuple(operator.index(k) for k in self.measurement_shape_)
+        elif self._keeps_shape:
+            self.measurement_shape_ = self.event_shape_
+        elif "n_measurements_" in said:
+            self.measurement_shape_ = (self.n_measurements_,)
+        else:
+            raise AttributeError(
+                f"{name}._setup must set n_measurements_, or measurement_shape_ where a "
+                "measurement is an image."
+            )
+        m = math.prod(self.measurement_shape_)
+        if said.setdefault("n_measurements_", m) != m or m < 1:
+            raise ValueError(
+                f"{name}._setup set n_measurements_ = {self.n_measurements_}, but measurements of "
+                f"shape {self.measurement_shape_} have {m} entries."
+            )
 
     @abstractmethod
     def _setup(self):
@@ -140,9 +178,45 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         Tensor, shape (n, m)
         """
 
-    @abstractmethod
+    def linear(self, x):
+        """The linear part: ``f(x) - f(0)``, which is ``f(x)`` unless ``f`` adds a constant.
+
+        Parameters
+        ----------
+        x : Tensor, shape (n, d)
+
+        Returns
+        -------
+        Tensor, shape (n, m)
+
+        Raises
+        ------
+        TypeError
+            If ``f`` is not linear.
+        """
+        self._check_linear("linear part")
+        y = self.forward(x)
+        origin = self._origin(y)
+        return y if origin is None else y - origin
+
+    def _origin(self, like):
+        """``f(0)`` as (1, m), or (n, m) where rows have parameters; None where it is zero.
+
+        In the dtype and on the device of ``like``.
+        """
+
+        def make():
+            n = self.__dict__.get("_n_given", 1)
+            zero = torch.zeros(n, self.n_features_in_, dtype=like.dtype, device=like.device)
+            origin = self.forward(zero)
+            return origin if bool(origin.any()) else None
+
+        return self._cached(("origin", like.device, like.dtype), make)
+
     def adjoint(self, y):
-        """Apply the transpose: ``<f(x), y> = <x, adjoint(y)>``, differentiable.
+        """Apply the transpose of the linear part: ``<f(x) - f(0), y> = <x, adjoint(y)>``.
+
+        Unless a subclass has a formula, automatic differentiation of ``forward`` gives it.
 
         Parameters
         ----------
@@ -151,11 +225,34 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         Returns
         -------
         Tensor, shape (n, d)
-        """
+            Differentiable.
 
-    @abstractmethod
+        Raises
+        ------
+        TypeError
+            If ``f`` is not linear, or ``forward`` is not written in differentiable torch.
+        """
+        self._check_linear("adjoint")
+        self._check_y(y)
+        twice = torch.is_grad_enabled() and y.requires_grad
+        with torch.inference_mode(False), torch.enable_grad():
+            y = y.clone() if y.is_inference() else y
+            zero = torch.zeros(
+                len(y), self.n_features_in_, dtype=y.dtype, device=y.device, requires_grad=True
+            )
+            out = self.forward(zero)
+            if not out.requires_grad:
+                raise TypeError(
+                    f"{type(self).__name__}.forward gives no gradient: write it in torch without "
+                    "leaving torch (no numpy, no detach), or write adjoint as well."
+                )
+            (x,) = torch.autograd.grad(out, zero, y, create_graph=twice)
+        return x
+
     def projector(self, y, observed=None):
         """Prepare the projection onto ``{x : f(x) = y}``; all factorisations happen here.
+
+        Unless a subclass has a formula, conjugate gradients find it.
 
         Parameters
         ----------
@@ -167,41 +264,77 @@ class Operator(ShortRepr, BaseEstimator, ABC):
         Returns
         -------
         AffineProjector
+
+        Raises
+        ------
+        TypeError
+            If ``f`` is not linear.
         """
+        self._check_linear("projection onto {x : f(x) = y}")
+        return ConjugateGradientProjector(self, y, self._observed(y, observed))
 
     def project(self, x, y, observed=None):
         """Nearest image to ``x`` with ``f(x) = y``: ``projector(y, observed)(x)``."""
         return self.projector(y, observed)(x)
 
-    @abstractmethod
     def norm(self):
-        """Spectral norm of ``f``, computed in float64.
+        """Spectral norm of the linear part of ``f``, computed in float64.
 
         Returns
         -------
         float
-        """
 
-    def __call__(self, X):
+        Raises
+        ------
+        TypeError
+            If ``f`` is not linear.
+        """
+        self._check_linear("spectral norm")
+        n = self.__dict__.get("_n_given")
+        if n is None:
+            return float(self._cached("norm", lambda: power_norm(self)))
+        return torch.tensor([power_norm(OneRow(self, i)) for i in range(n)], dtype=torch.float64)
+
+    def _check_linear(self, what):
+        if not self.is_linear:
+            raise TypeError(f"{type(self).__name__} is not linear: it has no {what}.")
+
+    def measured(self, like):
+        """Which measurements exist: a bool tensor (1, m), or (n, m) where rows' parameters say so.
+
+        Parameters
+        ----------
+        like : Tensor
+            The result is on its device.
+        """
+        return self._cached(
+            ("measured", like.device),
+            lambda: torch.from_numpy(self.measured_)[None].to(like.device),
+        )
+
+    def __call__(self, X, params=None):
         """Simulate clean measurements ``f(X)``.
 
         Parameters
         ----------
         X : ndarray or Tensor, shape (n, d) or (n, *event_shape)
             Images. An operator that is not bound takes the image shape from here.
+        params : array-like or Tensor, shape (n, ...), default=None
+            Parameters of each row, for operators that take them.
 
         Returns
         -------
         ndarray or Tensor, shape (n, m)
             Same kind and float dtype as ``X`` (integers give float64), never sharing its memory,
-            without gradient. Operators that keep the image shape return the shape of ``X``.
+            without gradient. Images ``(n, *event_shape)`` give ``(n, *measurement_shape_)``.
 
         Raises
         ------
         TypeError
-            If ``X`` is not real-valued.
+            If ``X`` is not real-valued, or ``params`` is not wanted.
         ValueError
-            If ``X`` has no sample axis, or its images are not of the operator's size.
+            If ``X`` has no sample axis, or its images are not of the operator's size, or ``params``
+            is missing or wrong.
         """
         name = type(self).__name__
         if isinstance(X, torch.Tensor):
@@ -230,24 +363,29 @@ class Operator(ShortRepr, BaseEstimator, ABC):
                 f"shape {tuple(x.shape)}. Bind it to the new shape with bind({shape})."
             )
         bound = self.bind(self.__dict__.get("event_shape_", shape) if len(shape) == 1 else shape)
+        bound = bound.given(bound.check_params(params, n, like=x))
         with torch.no_grad():
             out = bound.forward(x.reshape(n, d))
-        if self._keeps_shape:
-            out = out.reshape(x.shape)
+        if len(shape) > 1:
+            out = out.reshape(n, *bound.measurement_shape_)
         return out if out_dtype is None else out.numpy().astype(out_dtype, copy=False)
 
     def _check(self, rows, size="n_features_in_", what="images"):
         """Refuse an unbound operator, and anything but flat rows of the right size."""
-        name, size = type(self).__name__, self.__dict__.get(size)
-        if size is None:
-            raise NotFittedError(
-                f"This {name} does not know the image shape yet: call bind(event_shape) and use "
-                "the operator that it returns."
+        self._check_bound()
+        name, size = type(self).__name__, getattr(self, size)
+        n = self.__dict__.get("_n_given")
+        if n is None and self.needs_params:
+            raise ValueError(
+                f"This {name} needs parameters for each row, {self._wanted_params()}: use the "
+                "operator that given(params) returns."
             )
         if rows.ndim != 2 or rows.shape[1] != size:
             raise ValueError(
                 f"{name} expects flat {what} of shape (n, {size}), got {tuple(rows.shape)}."
             )
+        if n is not None and len(rows) != n:
+            raise ValueError(f"This {name} was given the parameters of {n} rows, got {len(rows)}.")
 
     def _check_y(self, y):
         self._check(y, "n_measurements_", "measurements")
@@ -263,12 +401,13 @@ class Operator(ShortRepr, BaseEstimator, ABC):
                 )
             if bool(observed.all()):
                 observed = None
-        if not self.measured_.all():
-            measured = self._cached(
-                ("measured", y.device), lambda: torch.from_numpy(self.measured_).to(y.device)
-            )
-            observed = measured[None] if observed is None else observed & measured
+        if not self._measures_all():
+            measured = self.measured(y)
+            observed = measured if observed is None else observed & measured
         return observed
+
+    def _measures_all(self):
+        return bool(self.measured_.all())
 
     def _cached(self, key, make):
         """Things derived from the arrays, made once per device and dtype, never pickled."""
@@ -287,30 +426,6 @@ class Operator(ShortRepr, BaseEstimator, ABC):
     def __sklearn_clone__(self):
         # clone() would deep-copy matrices and masks; nothing here ever writes to them.
         return type(self)(**self.get_params(deep=False))
-
-
-class AffineProjector(ABC):
-    """Orthogonal projection onto ``{x : f(x) = y}``, row by row, made by ``Operator.projector``.
-
-    Calling it with images ``(n, d)`` returns the nearest images (Euclidean) whose observed
-    measurements equal ``y``. Where the observed measurements contradict each other it returns the
-    nearest minimiser of ``||f(x) - y||^2`` over the observed entries.
-    """
-
-    @abstractmethod
-    def __call__(self, x):
-        """Project images ``x`` (n, d)."""
-
-    @abstractmethod
-    def null(self, v):
-        """Project directions ``v`` (n, d) on the null space of the observed measurements."""
-
-
-def check_same_rows(x, y):
-    if x.shape[0] != y.shape[0]:
-        raise ValueError(
-            f"This projector was made for {y.shape[0]} measurements, got {x.shape[0]} images."
-        )
 
 
 def _same(a, b):

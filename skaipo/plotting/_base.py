@@ -4,6 +4,8 @@ import io
 
 import numpy as np
 
+from skaipo.noise import SquaredError, as_noise
+
 __all__ = [
     "FONT",
     "Display",
@@ -62,8 +64,8 @@ def medians(values):
 
 def unit_of(noise):
     """The unit of misfit and objective."""
-    # A noise model that is scaled by its sigma gives a negative log-likelihood.
-    return "nats" if hasattr(noise, "sigma") else "squared measurement units"
+    # All other noise models give a negative log-likelihood.
+    return "squared measurement units" if type(as_noise(noise)) is SquaredError else "nats"
 
 
 def with_unit(label, unit):

@@ -8,7 +8,7 @@ import torch
 
 from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
 from skaipo.flows import Flow
-from skaipo.noise import GaussianNoise, SquaredError, as_noise
+from skaipo.noise import CorrelatedGaussianNoise, GaussianNoise, SquaredError, as_noise
 from skaipo.operators import as_operator
 from skaipo.priors._base import Prior
 
@@ -219,7 +219,8 @@ class GaussianPrior(Prior):
             raise TypeError(f"The closed form needs a linear operator, got {op!r}.")
         d, m = op.n_features_in_, op.n_measurements_
         noise = as_noise(noise).bind(m)
-        if not isinstance(noise, SquaredError | GaussianNoise):
+        correlated = isinstance(noise, CorrelatedGaussianNoise)
+        if not (correlated or isinstance(noise, SquaredError | GaussianNoise)):
             raise TypeError(
                 f"The closed form needs squared error or GaussianNoise, got {type(noise).__name__}."
             )
@@ -235,15 +236,18 @@ class GaussianPrior(Prior):
         offset = op.forward(torch.zeros(1, d, dtype=torch.float64))
         A = to_numpy(op.forward(torch.eye(d, dtype=torch.float64)) - offset).T
         y = y - to_numpy(offset)
-        # Quadratic noise: nll of a unit residual in entry i is half of its weight.
-        eye = torch.eye(m, dtype=torch.float64)
-        variance = lam / (2 * to_numpy(noise.nll(eye, torch.zeros_like(eye))))
+        if correlated:
+            spread = lam * noise.covariance_
+        else:
+            # Quadratic noise: nll of a unit residual in entry i is half of its weight.
+            eye = torch.eye(m, dtype=torch.float64)
+            spread = np.diag(lam / (2 * to_numpy(noise.nll(eye, torch.zeros_like(eye)))))
         measured = ~np.isnan(y) & np.asarray(op.measured_)
         mean, covariance = self.mean_, self.covariance_
         means, covariances = [], []
         for row, seen in zip(y, measured, strict=True):
             a = A[seen]
-            gram = a @ covariance @ a.T + np.diag(variance[seen])
+            gram = a @ covariance @ a.T + spread[np.ix_(seen, seen)]
             gain = np.linalg.lstsq(gram, a @ covariance, rcond=None)[0].T
             means.append(mean + gain @ (row[seen] - a @ mean))
             covariances.append(covariance - gain @ a @ covariance)

@@ -3,10 +3,11 @@
 from skaipo.solvers._base import STATUS, Method, Solution, minimize
 from skaipo.solvers._continuation import continuation, continuation_path
 from skaipo.solvers._first_order import Adam, GradientDescent
+from skaipo.solvers._gauss_newton import gauss_newton_start
 from skaipo.solvers._gaussian import GaussianMetric, GaussianSurrogate, gaussian_start, surrogate_of
 from skaipo.solvers._hybrid import Hybrid
 from skaipo.solvers._lbfgs import LBFGS
-from skaipo.solvers._mle import MLE_SOLVERS, mle_start
+from skaipo.solvers._mle import FEASIBLE, MLE_SOLVERS, misfit, mle_start
 from skaipo.solvers._schedules import (
     AdaptiveSchedule,
     DirectSchedule,
@@ -16,6 +17,7 @@ from skaipo.solvers._schedules import (
 )
 
 __all__ = [
+    "FEASIBLE",
     "LBFGS",
     "MLE_SOLVERS",
     "STATUS",
@@ -33,8 +35,10 @@ __all__ = [
     "TheorySchedule",
     "continuation",
     "continuation_path",
+    "gauss_newton_start",
     "gaussian_start",
     "minimize",
+    "misfit",
     "mle_start",
     "surrogate_of",
 ]

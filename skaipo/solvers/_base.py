@@ -11,9 +11,9 @@ from skaipo.objective import Evaluation, check_choice
 __all__ = ["STATUS", "Method", "Solution", "minimize"]
 
 # Index = code in Solution.status.
-STATUS = ("converged", "budget", "stalled", "diverged")
+STATUS = ("converged", "budget", "stalled", "diverged", "infeasible")
 _RUNNING = -1
-CONVERGED, BUDGET, STALLED, DIVERGED = range(4)
+CONVERGED, BUDGET, STALLED, DIVERGED, INFEASIBLE = range(5)
 
 
 @dataclass

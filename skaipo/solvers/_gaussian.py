@@ -14,6 +14,7 @@ import torch
 from skaipo._fingerprint import fingerprint
 from skaipo._padding import padded
 from skaipo._validation import to_tensor
+from skaipo.operators._nonlinear import Linearisation
 
 __all__ = ["GaussianMetric", "GaussianSurrogate", "gaussian_start", "surrogate_of"]
 
@@ -115,6 +116,43 @@ class GaussianSurrogate:
         """``F^T c`` for rows (n, d)."""
         return self._transform(c, [axis.T for axis in self.axes])
 
+    def precise(self, v):
+        """``S v`` for rows (n, d), with the precision ``S``."""
+        return self._spectral(v, 1 / self.variances, lambda p: 1 / p)
+
+    def cover(self, v):
+        """``S^-1 v`` for rows (n, d), with the covariance ``S^-1``."""
+        return self._spectral(v, self.variances, lambda p: p)
+
+    def _spectral(self, v, inner, outer):
+        along = v @ self.basis
+        out = (along * inner) @ self.basis.T
+        if self.residual is None:
+            return out
+        across = self.analyse(v - along @ self.basis.T) * outer(self.residual)
+        across = self.synthesise(across)
+        return out + across - (across @ self.basis) @ self.basis.T
+
+    def quadratic(self, v):
+        """``v^T S v`` for rows (n, d)."""
+        along = v @ self.basis
+        size = (along.square() / self.variances).sum(1)
+        if self.residual is not None:
+            across = self.analyse(v - along @ self.basis.T)
+            size = size + (across.square() / self.residual).sum(1)
+        return size
+
+    def sample(self, n, seed=0):
+        """Draw images (n, d)."""
+        generator = torch.Generator().manual_seed(seed)
+        k, d = self.basis.shape[1], len(self.mean)
+        noise = torch.randn(n, k + d, generator=generator, dtype=torch.float64).to(self.mean)
+        x = (noise[:, :k] * self.variances.sqrt()) @ self.basis.T
+        if self.residual is not None:
+            across = self.synthesise(noise[:, k:] * self.residual.sqrt())
+            x = x + across - (across @ self.basis) @ self.basis.T
+        return self.mean + x
+
     @staticmethod
     def _transform(v, axes):
         if not axes:
@@ -182,35 +220,59 @@ class GaussianMetric:
     ``H(lam) = A^T W A + lam S`` with the operator ``A``, the noise's curvature ``W`` (zero where
     nothing was measured) and the surrogate's precision ``S``.
 
+    An operator that is not linear, or differs by row, has its linearisation for ``A``.
+
     Parameters
     ----------
     surrogate : GaussianSurrogate
     objective : MAPObjective
-        With a linear operator.
+    at : torch.Tensor of shape (n, d), default=None
+        Images at which the operator is linearised; None: the surrogate's mean.
     """
 
-    def __init__(self, surrogate, objective):
-        y = objective.y
-        self.op = objective.op
+    def __init__(self, surrogate, objective, at=None):
+        # What the likelihood looks like to f(x), not what was measured: counts have other units.
+        y, weight = objective.noise.gaussian_fit(objective.y)
         self.surrogate = surrogate.to(y)
         self.y = y
-        weight = torch.where(objective.observed, _curvature(objective.noise, y), 0.0)
-        # Rows with the same weights share the small matrices.
-        self.weight, self.group = torch.unique(weight, dim=0, return_inverse=True)
-        self._zero = self.op.forward(torch.zeros_like(self.surrogate.mean)[None])
+        weight = torch.where(objective.observed, weight, 0.0)
         basis, spread = self.surrogate.basis, self.surrogate.variances.sqrt()
-        columns = self._linear(basis.T)
-        small = torch.stack([(columns * w) @ columns.T for w in self.weight])
+        # Fixed random signs, for Hutchinson's estimator of a diagonal.
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (16, basis.shape[0]))
+        signs = to_tensor(signs).to(y)
+        self._shared, self._at = None, None
+        if objective.op.is_linear and objective.params is None:
+            self._shared = _SharedMap(objective.op, y)
+            # Rows with the same weights share the small matrices.
+            self.weight, self.group = torch.unique(weight, dim=0, return_inverse=True)
+            columns = self._shared.linear(basis.T)
+            small = torch.stack([(columns * w) @ columns.T for w in self.weight])
+            size = self._shared.linear(signs).square().mean(0)
+        else:
+            self._objective = objective
+            self._at = self.surrogate.mean.expand(len(y), -1) if at is None else at.detach()
+            self.weight, self.group = weight, torch.arange(len(y), device=y.device)
+
+            def images(group):
+                """What each row makes of the components and of the signs: (n, k + 16, m)."""
+                affine = self._map(group)
+                v = torch.cat((basis.T, signs))
+                return torch.stack([affine.linear(one.expand(len(group), -1)) for one in v], 1)
+
+            columns, size = padded(images, self.group).split((basis.shape[1], len(signs)), 1)
+            small = torch.bmm(columns * weight[:, None], columns.mT)
+            size = size.square().mean(1)
         curvature, rotation = torch.linalg.eigh((spread[:, None] * small * spread).double())
         self.curvature = curvature.clamp_min(0).to(y)
         self.rotation = (spread[:, None] * rotation).to(y)
-        # Mean of the diagonal of A^T W A, by Hutchinson's estimator.
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], (16, basis.shape[0]))
-        images = self._linear(to_tensor(signs).to(y)).square()
-        self.level = (self.weight @ images.mean(0)) / basis.shape[0]
+        # Mean of the diagonal of A^T W A.
+        self.level = (self.weight * size).sum(1) / basis.shape[0]
 
-    def _linear(self, v):
-        return self.op.forward(v) - self._zero
+    def _map(self, group):
+        """The operator, as an affine one, for the rows of some groups."""
+        if self._shared is not None:
+            return self._shared
+        return Linearisation(self._objective.operator(group), self._at[group])
 
     def _scales(self, lam, group):
         """Standard deviations of the Gaussian posterior along its coordinates."""
@@ -247,17 +309,11 @@ class GaussianMetric:
         """Inverse of ``H`` on the components, and apart from them as if ``A^T W A`` were even."""
         return self._colour(self._whiten(g, lam, group), lam, group)
 
-    def _apply(self, v, lam, group):
+    def _apply(self, v, lam, group, affine=None):
         """``H(lam) v``."""
-        s = self.surrogate
-        along = v @ s.basis
-        prior = along / s.variances
-        if s.residual is None:
-            prior = prior @ s.basis.T
-        else:
-            across = s.synthesise(s.analyse(v - along @ s.basis.T) / s.residual)
-            prior = across + (prior - across @ s.basis) @ s.basis.T
-        return self.op.adjoint(self._linear(v) * self.weight[group]) + lam[:, None] * prior
+        affine = self._map(group) if affine is None else affine
+        prior = self.surrogate.precise(v)
+        return affine.adjoint(affine.linear(v) * self.weight[group]) + lam[:, None] * prior
 
     def solve(self, g, lam, rows):
         """Approximate ``H(lam)^-1 g`` for gradients (k, d) of some rows, each by itself."""
@@ -289,14 +345,15 @@ class GaussianMetric:
 
     def _conjugate_gradients(self, y, lam, group, steps):
         weight, x = self.weight[group], self.surrogate.mean.expand(len(y), -1)
-        misfit = torch.where(weight > 0, y - self.op.forward(x), 0.0)
-        residual = self.op.adjoint(weight * misfit)
+        affine = self._map(group)
+        misfit = torch.where(weight > 0, y - affine.forward(x), 0.0)
+        residual = affine.adjoint(weight * misfit)
         p = z = self._block(residual, lam, group)
         size = (residual * z).sum(1)
         # Without the prior H may be singular, and what is left below this is rounding that grows.
         least = torch.where(lam > 0, 0.0, torch.finfo(size.dtype).eps ** 2 * size)
         for _ in range(steps):
-            hp = self._apply(p, lam, group)
+            hp = self._apply(p, lam, group, affine)
             curvature = (p * hp).sum(1)
             alpha = torch.where((curvature > 0) & (size > least), size / curvature, 0.0)[:, None]
             x = torch.addcmul(x, alpha, p)
@@ -313,38 +370,21 @@ class GaussianMetric:
         ``change`` is that of the prior's gradient. NaN where the prior is not convex.
         """
         curvature = (step * change).sum(1)
-        ratio = curvature / padded(self._size, step)
+        ratio = curvature / padded(self.surrogate.quadratic, step)
         return torch.where(curvature > 0, ratio, torch.nan)
 
-    def _size(self, v):
-        """``v^T S v``."""
-        s = self.surrogate
-        along = v @ s.basis
-        size = (along.square() / s.variances).sum(1)
-        if s.residual is not None:
-            across = s.analyse(v - along @ s.basis.T)
-            size = size + (across.square() / s.residual).sum(1)
-        return size
+
+class _SharedMap:
+    """A linear operator and its linear part, the same for all rows."""
+
+    def __init__(self, op, like):
+        self.forward, self.adjoint = op.forward, op.adjoint
+        self._zero = op.forward(like.new_zeros(1, op.n_features_in_))
+
+    def linear(self, v):
+        return self.forward(v) - self._zero
 
 
 def _inverse_root(curvature, least):
     """``curvature ** -0.5``; zero where it is not above the least that counts."""
     return torch.where(curvature > least, curvature.rsqrt(), 0.0)
-
-
-def _curvature(noise, y):
-    """Second derivative of the noise's nll with respect to ``f(x)`` where it equals ``y``."""
-    with torch.enable_grad():
-        prediction = y.detach().requires_grad_()
-        nll = noise.nll(prediction, y).sum()
-        (first,) = torch.autograd.grad(nll, prediction, create_graph=True)
-        second = torch.zeros_like(y)
-        if first.requires_grad:
-            (second,) = torch.autograd.grad(first.sum(), prediction)
-    usable = second.isfinite() & (second > 0)
-    largest = noise.max_curvature()
-    if not math.isfinite(largest):
-        # A kink has no curvature: that of the parabola with the nll of a unit residual.
-        units = torch.eye(y.shape[1]).to(y)
-        largest = 2 * noise.nll(units, torch.zeros_like(units))
-    return torch.where(usable, second, largest).detach()

@@ -2,15 +2,21 @@
 
 import torch
 
+from skaipo._padding import padded, padded_size
 from skaipo.noise import SquaredError
 from skaipo.objective import Evaluation, check_choice
+from skaipo.operators._nonlinear import Linearisation
 from skaipo.solvers._base import CONVERGED, minimize
 from skaipo.solvers._first_order import Adam
 from skaipo.solvers._lbfgs import LBFGS
 
-__all__ = ["MLE_SOLVERS", "mle_start"]
+__all__ = ["FEASIBLE", "MLE_SOLVERS", "misfit", "mle_start", "penalised"]
 
 MLE_SOLVERS = ("pgd", "lbfgs")
+# What counts as f(x) = y where f is not linear: ||f(x) - y|| <= FEASIBLE * ||y||.
+FEASIBLE = 1e-3
+# Linearisations on the way to the most probable image that fits.
+_ROUNDS = 4
 # Weight of the prior against the penalty, where 1 is about equal weight.
 _STIFFNESS = 0.01
 
@@ -23,17 +29,24 @@ class _Feasible:
     sum of both is the projected gradient, and their quotient measures stationarity.
     """
 
-    def __init__(self, objective):
+    def __init__(self, objective, at=None):
         self._inner = objective.in_space("image", "density")
         # Padded like the flow's batches: a row's projection is the same bits in every batch.
         n = len(objective)
-        rows = torch.arange(n + max(16 - n, -n % 8)).clamp_max(n - 1).to(objective.y.device)
-        self._project = objective.op.projector(objective.y[rows], objective.observed[rows])
+        rows = torch.arange(padded_size(n)).clamp_max(n - 1).to(objective.y.device)
+        op = objective.operator(rows)
+        op = op if at is None else Linearisation(op, at[rows])
+        self._project = op.projector(objective.y[rows], objective.observed[rows])
         self._u = objective.y.new_zeros(len(rows), objective.n_features)
         self.n_evals = objective.n_evals
 
     def __len__(self):
         return len(self._inner)
+
+    def project(self, x):
+        """The nearest feasible images to ``x`` (n, d)."""
+        self._u[: len(x)] = x
+        return self._project(self._u)[: len(x)]
 
     def scale(self):
         return self._inner.scale()
@@ -68,10 +81,18 @@ def mle_start(objective, *, max_evals=500, tol=1e-3, solver="pgd", method=None):
     Where the measurements leave no freedom (denoising) the answer is ``y`` and costs one
     evaluation, whatever the solver.
 
+    Where ``f`` is not linear, half of the budget goes to the quadratic penalty in latent space, and
+    the other half to rounds of the same problem with ``f`` linearised, each followed by steps of
+    Gauss and Newton back to ``f(x) = y``, which evaluate no flow. Of the images that fit, the one
+    of highest density is kept; where none fits to :data:`FEASIBLE`, that of least squares.
+
+    Where the likelihood is not at its best at ``f(x) = y`` (counts, 1-bit measurements) the answer
+    is the minimiser of the objective at a very small lambda, and all of the budget goes there.
+
     Parameters
     ----------
     objective : MAPObjective
-        With a linear operator. Its counters are advanced.
+        Its counters are advanced.
     max_evals : int, default=500
         A row stops when ``objective.n_evals`` reaches it.
     tol : float, default=1e-3
@@ -94,33 +115,99 @@ def mle_start(objective, *, max_evals=500, tol=1e-3, solver="pgd", method=None):
     converged : torch.Tensor of shape (n,), bool
     """
     check_choice("mle_solver", solver, MLE_SOLVERS)
+    if method is None:
+        method = LBFGS() if solver == "lbfgs" else Adam(learning_rate=0.05, final_rate=0.1)
+    everyone = torch.arange(len(objective), device=objective.y.device)
+    if not objective.noise.is_exact_fit:
+        solution = penalised(objective, everyone, max_evals, objective.noise, tol)
+        return solution.evaluation.x, solution.status == CONVERGED
+    if not objective.op.is_linear:
+        return _sequential(objective, everyone, max_evals, tol, method)
     feasible = _Feasible(objective)
     # From the mode of the latent space: the nearest feasible image to G(0).
     start = objective.centre()
     if solver == "lbfgs":
-        method = LBFGS() if method is None else method
         free = feasible.free().nonzero().flatten()
         # (A flow without a latent space to search in begins in the null space.)
         if len(free) and max_evals > 2 and objective.flow.has_inverse:
-            start[free] = _penalised(objective, free, max_evals // 2)
-    elif method is None:
-        method = Adam(learning_rate=0.05, final_rate=0.1)
-    solution = minimize(
-        feasible, start, torch.ones_like(objective.y[:, 0]), method, max_evals=max_evals, tol=tol
-    )
+            start[free] = penalised(objective, free, max_evals // 2).evaluation.x
+    one = torch.ones_like(objective.y[:, 0])
+    solution = minimize(feasible, start, one, method, max_evals=max_evals, tol=tol)
     return solution.evaluation.x, solution.status == CONVERGED
 
 
-def _penalised(objective, rows, max_evals):
-    """Images that nearly fit, of high density: eq. 4 with a quadratic penalty, in latent space.
+def misfit(objective, x):
+    """``||f(x) - y|| / ||y||`` over the observed measurements, shape (n,)."""
+    rows = torch.arange(len(objective), device=x.device)
+    observed, y = objective.observed, objective.y
+
+    def residual(x, rows):
+        with torch.no_grad():
+            return torch.where(observed[rows], objective.operator(rows).forward(x) - y[rows], 0.0)
+
+    residual = padded(residual, x, rows).norm(dim=1)
+    return residual / y.norm(dim=1).clamp_min(torch.finfo(y.dtype).tiny)
+
+
+def _sequential(objective, rows, max_evals, tol, method):
+    """Eq. 4 for an ``f`` that is not linear, by linearising it again and again."""
+    x = penalised(objective, rows, max(1, max_evals // 2), tol=tol).evaluation.x
+    best, converged = _closer(objective, x), torch.zeros_like(rows, dtype=torch.bool)
+    away, lam = misfit(objective, best), torch.ones_like(objective.y[:, 0])
+    density = torch.full_like(lam, -torch.inf)
+    x = best
+    for k in range(_ROUNDS):
+        limit = objective.n_evals + (max_evals - objective.n_evals) // (_ROUNDS - k)
+        if not bool((limit > objective.n_evals).any()):
+            break
+        solution = minimize(
+            _Feasible(objective, at=x), x, lam, method, max_evals=limit, tol=tol, anneal=False
+        )
+        # What was found on the tangent is known to fit only after coming back from it.
+        known = solution.evaluation.log_prob
+        moved = (solution.u - x).norm(dim=1) > 1e-3 * x.norm(dim=1)
+        x = _closer(objective, solution.evaluation.x)
+        new = misfit(objective, x)
+        fits, fitted = new <= FEASIBLE, away <= FEASIBLE
+        better = torch.where(fits & fitted, known > density, new < away)
+        best = torch.where(better[:, None], x, best)
+        away, density = torch.where(better, new, away), torch.where(better, known, density)
+        converged |= fits & (solution.status == CONVERGED) & ~moved
+    return best, converged & (away <= FEASIBLE)
+
+
+def _closer(objective, x, steps=20):
+    """Gauss-Newton steps towards ``f(x) = y``, each the shortest; as long as they get closer."""
+    away = misfit(objective, x)
+    for _ in range(steps):
+        going = away > 0.1 * FEASIBLE
+        if not bool(going.any()):
+            return x
+        step = _Feasible(objective, at=x).project(x) - x
+        before = away
+        for length in (1.0, 0.5, 0.2, 0.05):
+            trial = x + length * step
+            new = misfit(objective, trial)
+            lower = going & (new < away)
+            x, away = torch.where(lower[:, None], trial, x), torch.where(lower, new, away)
+        if not bool((away < 0.99 * before)[going].any()):
+            return x
+    return x
+
+
+def penalised(objective, rows, max_evals, noise=None, tol=0.01):
+    """Images that nearly fit, of high density: eq. 4 with a penalty (in latent space, if any).
 
     (Multipliers, tried in rounds of the same total budget, ended lower in density.)
     """
-    penalised = objective.select(rows, space="latent", penalty="density")
-    penalised.noise = SquaredError().bind(objective.y.shape[1])
-    y = penalised.y
-    lam = torch.full_like(y[:, 0], _STIFFNESS * 2.0 * objective.flow.data_scale() ** 2)
-    z = y.new_zeros(len(y), objective.n_features)
-    solution = minimize(penalised, z, lam, LBFGS(), max_evals=max_evals, tol=0.01, anneal=False)
-    objective.n_evals[rows] = penalised.n_evals
-    return solution.evaluation.x
+    space = "latent" if objective.flow.has_inverse else "image"
+    problem = objective.select(rows, space=space, penalty="density")
+    y = problem.y
+    lam = torch.full_like(y[:, 0], _STIFFNESS)
+    if noise is None:
+        problem.noise = SquaredError().bind(y.shape[1])
+        lam *= 2.0 * objective.flow.data_scale() ** 2
+    u = y.new_zeros(len(y), objective.n_features) if space == "latent" else problem.centre()
+    solution = minimize(problem, u, lam, LBFGS(), max_evals=max_evals, tol=tol, anneal=False)
+    objective.n_evals[rows] = problem.n_evals
+    return solution

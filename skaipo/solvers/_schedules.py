@@ -100,7 +100,7 @@ class GeometricSchedule(BaseEstimator):
 
     def trunk(self, objective):
         """The trunk's lambdas, ascending to the anchor."""
-        anchor = objective.noise.max_curvature() * objective.flow.data_scale() ** 2
+        anchor = objective.noise.typical_curvature() * objective.flow.data_scale() ** 2
         return [anchor / s for s in np.geomspace(self.span, 1.0, self.n_stages)]
 
     def stages(self, objective, target, max_evals):

@@ -1,0 +1,29 @@
+"""The interface of projections onto what explains the measurements."""
+
+from abc import ABC, abstractmethod
+
+__all__ = ["AffineProjector", "check_same_rows"]
+
+
+class AffineProjector(ABC):
+    """Orthogonal projection onto ``{x : f(x) = y}``, row by row, made by ``Operator.projector``.
+
+    Calling it with images ``(n, d)`` returns the nearest images (Euclidean) whose observed
+    measurements equal ``y``. Where the observed measurements contradict each other it returns the
+    nearest minimiser of ``||f(x) - y||^2`` over the observed entries.
+    """
+
+    @abstractmethod
+    def __call__(self, x):
+        """Project images ``x`` (n, d)."""
+
+    @abstractmethod
+    def null(self, v):
+        """Project directions ``v`` (n, d) on the null space of the observed measurements."""
+
+
+def check_same_rows(x, y):
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"This projector was made for {y.shape[0]} measurements, got {x.shape[0]} images."
+        )
