@@ -4,6 +4,10 @@
 PYTHON ?=
 PYTEST_ARGS ?=
 PAPER_ARGS ?=
+# Processes for the tests, each with one thread; WORKERS=0 runs them in one process, for a debugger.
+WORKERS ?= auto
+
+PYTEST = -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -56,10 +60,10 @@ paper-small: $(STAMP)
 	$(BIN)/python benchmarks/paper.py --profile small $(PAPER_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 test-reference: $(STAMP)
-	SKAIPO_KERNELS=reference $(BIN)/python -m pytest $(PYTEST_ARGS)
+	SKAIPO_KERNELS=reference $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 # Both versions are tried, also when the first fails.
 test-matrix: $(STAMP)
@@ -78,7 +82,7 @@ test-matrix: $(STAMP)
 	    "$$python" -c 'import numpy, scipy, sklearn; \
 	        print("scikit-learn", sklearn.__version__, "numpy", numpy.__version__, \
 	              "scipy", scipy.__version__)'; \
-	    "$$python" -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS) || failed="$$failed $$name"; \
+	    "$$python" $(PYTEST) $(MATRIX_TESTS) $(PYTEST_ARGS) || failed="$$failed $$name"; \
 	done; \
 	[ -z "$$failed" ] || { echo "The tests failed with:$$failed" >&2; exit 1; }
 
@@ -89,7 +93,7 @@ test-interop: $(STAMP)
 	echo "Installing the interop libraries into $(INTEROP)"; \
 	"$$python" -m pip install $(PIP_OPTIONS) -c constraints.txt torch; \
 	"$$python" -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[test,interop]'; \
-	"$$python" -m pytest $(INTEROP_TESTS) $(PYTEST_ARGS)
+	"$$python" $(PYTEST) $(INTEROP_TESTS) $(PYTEST_ARGS)
 
 # Warnings are errors. EXAMPLES=0 leaves out the examples, which take longest.
 docs: $(DOCS_STAMP)

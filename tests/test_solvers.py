@@ -27,7 +27,6 @@ from skaipo.operators import CompressedSensing, Denoising, Inpainting
 from skaipo.solvers import (
     LBFGS,
     MLE_SOLVERS,
-    STATUS,
     Adam,
     AdaptiveSchedule,
     DirectSchedule,
@@ -59,7 +58,7 @@ PAIRS = [
     *((name, schedule) for name in METHODS for schedule in SCHEDULES[:2]),
     *((name, schedule) for name in ("lbfgs", "hybrid") for schedule in SCHEDULES[2:]),
 ]
-CONVERGED, BUDGET, STALLED, DIVERGED = range(len(STATUS))
+CONVERGED, BUDGET, STALLED, DIVERGED = range(4)
 SIGMA = 0.5
 
 

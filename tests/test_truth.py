@@ -36,7 +36,7 @@ from skaipo.solvers import (
     surrogate_of,
 )
 
-CONVERGED, BUDGET, STALLED, DIVERGED = range(len(STATUS))
+CONVERGED, BUDGET, STALLED, DIVERGED = range(4)
 METHODS = {"adam": Adam, "lbfgs": LBFGS, "gd": GradientDescent, "hybrid": Hybrid}
 SCHEDULES = {
     "fixed": lambda: None,
@@ -409,7 +409,9 @@ def test_ten_thousand_problems_end_truthfully():
     total = sum(tally[name] for name in STATUS)
     print(f"{total} problems: {dict(tally)}")
     assert total >= EXAMPLES * ROWS
-    assert min(tally[name] for name in STATUS) > 50, "every status is meant to occur"
+    # (Infeasible is what the MLE of an operator that is not linear may be, no solver's status.)
+    others = [name for name in STATUS if name != "infeasible"]
+    assert min(tally[name] for name in others) > 50, "every status is meant to occur"
     # The allowance for rounding is not what makes rows pass: most pass in float64, as they are.
     assert tally["not even in float64"] < 0.05 * tally["converged"]
     # (Those that are not stuck are gradient descent on absurd rows, and float32 on ill ones.)

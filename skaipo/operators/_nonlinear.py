@@ -161,7 +161,10 @@ class NonlinearOperator(Operator):
 
         def make():
             module = copy.deepcopy(self.fn).eval().requires_grad_(False)
-            return module.to(like.device, like.dtype)
+            # (Module.to would take the imaginary parts from complex buffers.)
+            return module._apply(
+                lambda t: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype)
+            )
 
         return self._cached(("fn", like.device, like.dtype), make)
 
