@@ -19,6 +19,7 @@ from skaipo.solvers import (
     minimize,
     misfit,
     mle_start,
+    off_centre,
 )
 
 __all__ = ["Problem", "Reconstruction", "solve_chunk"]
@@ -272,7 +273,7 @@ def _best(results):
 
 def _solutions(problem, objective, start, history):
     """Yield lambda, solution, evaluations on its way per row, and evaluations so far in all."""
-    y, n = objective.y, len(objective)
+    y = objective.y
     max_evals, lams = problem.max_evals, list(problem.lams)
     options = dict(max_evals=max_evals, tol=problem.tol, history=history)
     mle = isinstance(start, str) and start == "mle"
@@ -298,7 +299,7 @@ def _solutions(problem, objective, start, history):
         if not lams:
             return
         objective.n_evals.copy_(before if mle else 0 * before)
-    z0 = y.new_zeros(n, objective.n_features)
+    z0 = off_centre(objective)
     # Where a start fails: the mode of the latent space. (Not for a random one, which it would
     # replace nearly always: it is another start for the sake of being another.)
     fallback = None
@@ -315,8 +316,10 @@ def _solutions(problem, objective, start, history):
     elif not mle:
         u0 = z0 if isinstance(start, str) else start
         if objective.space == "image":
-            known = isinstance(start, str)
-            u0 = objective.centre() if known else objective.in_space("latent").image(u0)
+            if objective.flow.has_inverse:
+                u0 = objective.in_space("latent").image(u0)
+            else:
+                u0 = objective.centre()
             objective.n_evals += 1
     if problem.surrogate is not None and objective.metric is None and objective.space == "image":
         # The curvature of an operator that is not linear, where the solver begins.

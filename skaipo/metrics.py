@@ -101,7 +101,9 @@ def discrepancy_scorer(estimator, Y, y=None):
     if hasattr(estimator, "steps"):
         Y = estimator[:-1].transform(Y) if len(estimator.steps) > 1 else Y
         estimator = estimator[-1]
-    if not any(hasattr(estimator.noise, name) for name in ("sigma", "covariance")):
+    sized = any(hasattr(estimator.noise, name) for name in ("sigma", "covariance"))
+    # (The misfit of rounded or saturated measurements is no half of a squared residual.)
+    if not sized or not getattr(estimator.noise, "is_chi_square", True):
         raise ValueError(
             f"discrepancy_scorer needs to know the size of the noise: set "
             f"noise=GaussianNoise(sigma) on the estimator, got noise={estimator.noise!r}."

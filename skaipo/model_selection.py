@@ -319,7 +319,8 @@ class AIPORegressorCV(Continuation, Regressor):
                 results = [result.rows(test) for result in shared]
             else:
                 if not frozen:
-                    X_train, y_train = _safe_indexing(X, train), _safe_indexing(y, train)
+                    X_train = _safe_indexing(X, train)
+                    y_train = None if y is None else _safe_indexing(y, train)
                     estimator = self._single().fit(X_train, y_train)
                 test_params = None if op_params is None else _safe_indexing(op_params, test)
                 results, spent = estimator._solve(Y_test, targets, op_params=test_params)

@@ -4,21 +4,27 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from problems import gaussian_prior, make_objective, random_flow
 from scipy.optimize import minimize as scipy_minimize
 from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
 
-from skaipo import AIPORegressor, FlowPrior
+from skaipo import AIPORegressor, FlowPrior, GaussianPrior
 from skaipo.flows import Glow
 from skaipo.noise import GaussianNoise, LaplaceNoise, PoissonNoise
 from skaipo.operators import (
     Blur,
     Clipping,
+    Compose,
+    Inpainting,
     MaskedFourier,
     MatrixOperator,
     NonlinearOperator,
+    PerSampleMatrix,
     PhaseRetrieval,
+    Stack,
 )
 from skaipo.operators._nonlinear import Linearisation
 from skaipo.solvers import misfit, mle_start, surrogate_of
@@ -374,3 +380,110 @@ def test_searches_route_parameters_as_metadata():
     assert np.allclose(scores, by_hand, atol=1e-6)
     path = AIPORegressorCV(Blur(None), lams=[0.5, 2.0], cv=2, **args).fit(Y, X, op_params=kernels)
     assert path.predict(Y, op_params=kernels).shape == X.shape
+
+
+# ---------------------------------------------------------------------- where it could go wrong
+
+
+def zero_mean_prior():
+    return GaussianPrior(np.zeros(D), np.diag(np.linspace(0.5, 2.0, D)))
+
+
+def test_a_symmetric_centre_is_no_end():
+    # The magnitudes of data of mean zero have no slope at the mean: nothing may stay there.
+    prior, rng = zero_mean_prior(), np.random.default_rng(0)
+    op = PhaseRetrieval(rng.normal(size=(14, D)))
+    X = prior.sample(10, random_state=1)
+    noise = GaussianNoise(0.05)
+    for options in (
+        dict(init="zero"),
+        dict(init="mle"),
+        dict(solver="adam", schedule="linear", init="mle", mle_solver="pgd"),
+    ):
+        result = AIPORegressor(op, 1.0, prior=prior, noise=noise, **options).reconstruct(op(X))
+        assert (np.linalg.norm(result.x, axis=1) > 0.1).all(), options
+    exact = AIPORegressor(op, 0.0, prior=prior, noise=noise).reconstruct(op(X))
+    # (Which valley of the misfit it ends in is chance; it must not be the middle for all.)
+    assert (exact.status != "infeasible").any()
+
+
+@pytest.mark.parametrize("space", ["image", "latent"])
+@pytest.mark.parametrize("n_starts", [1, 2])
+@pytest.mark.parametrize("max_evals", [4, 5, 8, 13])
+@pytest.mark.parametrize("schedule", ["direct", "linear"])
+def test_small_budgets_are_kept(space, n_starts, max_evals, schedule):
+    if max_evals < 4 * n_starts:
+        return
+    prior = gaussian_prior(D)
+    model = AIPORegressor(
+        NonlinearOperator(bent),
+        prior=prior,
+        noise=GaussianNoise(0.1),
+        space=space,
+        n_starts=n_starts,
+        max_evals=max_evals,
+        schedule=schedule,
+    )
+    for lam in (0.0, 1.0, 1e6):
+        result = model.set_params(lam=lam).reconstruct(FORMULAS["bent"](images(3)))
+        assert (result.n_evals <= max_evals).all()
+
+
+@pytest.mark.parametrize("lam", [0.0, 1e-6, 1.0])
+def test_rows_are_the_same_bits_alone(lam):
+    prior = zero_mean_prior()
+    op = PhaseRetrieval(MATRIX)
+    Y = op(prior.sample(4, random_state=0))
+    Y[[1, 3], 0] = np.nan
+    model = AIPORegressor(op, lam, prior=prior, noise=GaussianNoise(0.1), max_evals=30)
+    together = model.predict(Y)
+    alone = np.concatenate([model.predict(row[None]) for row in Y])
+    np.testing.assert_allclose(together, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_whose_operator_overflows_does_not_stop_the_others():
+    prior, rng = gaussian_prior(D), np.random.default_rng(0)
+    op = PerSampleMatrix(4)
+    matrices = rng.normal(size=(3, 4, D))
+    Y = op(prior.sample(3, random_state=0), params=matrices)
+    model = AIPORegressor(op, prior=prior, noise=GaussianNoise(0.1), max_evals=30)
+    good = model.predict(Y, op_params=matrices)
+    matrices[1] *= 1e200
+    mixed = model.predict(Y, op_params=matrices)
+    assert np.array_equal(mixed[[0, 2]], good[[0, 2]])
+
+
+def test_complex_pairs_are_known_or_refused():
+    rng = np.random.default_rng(0)
+    mask, kernel = rng.random((4, 4)) < 0.6, rng.dirichlet(np.ones(9)).reshape(3, 3)
+    x, blur = rng.normal(size=(2, 1, 4, 4)), Blur(kernel)
+    frequencies = MaskedFourier(mask)
+    y = PhaseRetrieval(Compose(frequencies, blur))(x)
+    expected = np.abs(np.fft.fft2(blur(x), norm="ortho")).reshape(2, 16)
+    assert np.allclose(y[:, mask.ravel()], expected[:, mask.ravel()])
+    for op in (Stack([frequencies, blur]), Compose(Inpainting(np.ones((2, 4, 4))), frequencies)):
+        with pytest.raises(TypeError, match="cannot tell which numbers"):
+            PhaseRetrieval(op).bind((1, 4, 4))
+    with pytest.raises(TypeError, match="the same for all rows"):
+        PhaseRetrieval(PerSampleMatrix(4)).bind((D,))
+    sparse = PhaseRetrieval(sp.csr_array(MATRIX[:2] + 1j * MATRIX[2:]), squared=True)
+    assert np.allclose(sparse(images()), FORMULAS["intensity"](images()))
+
+
+def test_what_is_not_explained_is_said_aloud():
+    prior = gaussian_prior(D)
+    Y = np.full((2, 4), 1.5)
+    model = AIPORegressor(NonlinearOperator(squashed), 0.0, prior=prior, noise=GaussianNoise(0.1))
+    with pytest.warns(ConvergenceWarning, match="explains the measurements of 2 of 2 rows"):
+        model.predict(Y)
+
+
+def test_inference_mode_is_left_for_the_time_of_a_solve():
+    prior = gaussian_prior(D)
+    model = AIPORegressor(NonlinearOperator(bent), prior=prior, noise=GaussianNoise(0.1))
+    Y = FORMULAS["bent"](images(2))
+    with torch.inference_mode():
+        inside = model.predict(Y)
+        prior.score_samples(images(2))
+        tensor = model.predict(torch.from_numpy(Y))
+    assert np.array_equal(inside, model.predict(Y)) and np.array_equal(inside, tensor.numpy())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from skaipo import AIPORegressor, GaussianPrior
+from skaipo.metrics import discrepancy_scorer
 from skaipo.noise import CensoredGaussianNoise, GaussianNoise, QuantizationNoise
 from skaipo.operators import Denoising
 
@@ -167,3 +168,30 @@ def test_saturation_has_ends_and_nothing_beyond_them():
     model = AIPORegressor(Denoising(), prior=prior, noise=CensoredGaussianNoise(1.0, 0.0, 1.0))
     with pytest.raises(ValueError, match="between 0.0 and 1.0; got 1.5 in row 1"):
         model.predict(np.array([[0.0, 1.0], [0.5, 1.5]]))
+
+
+def test_end_levels_are_known_to_rounding():
+    prior = GaussianPrior(np.zeros(1), np.eye(1))
+    noise = QuantizationNoise(0.1, 0.05, low=0.3)
+    drawn = noise.add_noise(np.array([[-1.0]]), random_state=0)
+    for y in (drawn, np.array([[0.3]])):
+        x = AIPORegressor(Denoising(), prior=prior, noise=noise).predict(y)
+        # What is read as the lowest level may be anything below it: the prior's mean will do.
+        assert abs(x.item()) < 0.2
+
+
+def test_saturation_in_small_units():
+    prior = GaussianPrior(np.zeros(1), 1e-12 * np.eye(1))
+    Y = np.array([[3e-7]])
+    censored = CensoredGaussianNoise(1e-8, high=1e-6)
+    x = AIPORegressor(Denoising(), prior=prior, noise=censored).predict(Y)
+    plain = AIPORegressor(Denoising(), prior=prior, noise=GaussianNoise(1e-8)).predict(Y)
+    assert x == pytest.approx(plain, rel=1e-3)
+
+
+def test_their_misfit_is_no_discrepancy():
+    prior = GaussianPrior(np.zeros(2), np.eye(2))
+    for noise in (QuantizationNoise(0.5, 1.0), CensoredGaussianNoise(1.0, high=1.0)):
+        model = AIPORegressor(Denoising(), prior=prior, noise=noise)
+        with pytest.raises(ValueError, match="discrepancy_scorer needs"):
+            discrepancy_scorer(model, np.zeros((2, 2)))

@@ -374,6 +374,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 "start would be another one when the run goes on. Pass random_state=0, say."
             )
 
+    @torch.inference_mode(False)  # in which there are no gradients
     def _solve(self, Y, lams, mask=None, history=False, checkpoint=None, op_params=None):
         """Reconstructions at ascending lambdas, and the evaluations that all of them took."""
         self._check_params()
@@ -381,8 +382,10 @@ class Reconstructor(ShortRepr, BaseEstimator):
         flow = prior.flow_
         op, noise = self._bind(prior)
         y, layout, _ = self._measurements(Y, op, flow=flow, mask=mask)
-        noise.check_measurements(y)
+        y = y.clone() if y.is_inference() else y
         params = op.check_params(op_params, len(y), like=y)
+        # What the operator does not measure is no measurement, whatever the array holds.
+        noise.check_measurements(torch.where(op.given(params).measured(y), y, torch.nan))
         starts = self._starts(y, flow, op)
         method = self._method()
         helps = self.space == "image" and method.wants_metric
@@ -485,6 +488,14 @@ class Reconstructor(ShortRepr, BaseEstimator):
         """The reconstructions alone, with a warning that counts what did not converge."""
         result = self.reconstruct(Y, mask=mask, checkpoint=checkpoint, op_params=op_params)
         counts = result.counts()
+        if counts["infeasible"]:
+            warnings.warn(
+                f"No image was found that explains the measurements of {counts['infeasible']} of "
+                f"{len(result.status)} rows; what is returned for them is the one that came "
+                f"closest. With noise that is to be expected at lam=0: use a lam above it.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
         open_rows = counts["budget"] + counts["stalled"]
         if open_rows:
             warnings.warn(

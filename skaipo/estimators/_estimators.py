@@ -186,9 +186,10 @@ class AIPORegressor(Continuation, Regressor):
         (:class:`~skaipo.solvers.AdaptiveSchedule`).
     init : {"auto", "gaussian", "mle", "zero", "random"}, default="auto"
         Start. "gaussian": the solution if the prior were the Gaussian of the same mean and
-        covariance (for linear operators). "mle": the most probable image that explains the
-        measurements, AIPO's solution at ``lam = 0``. "zero": ``G(0)``. "random": ``G(z)`` with
-        standard normal ``z``. "auto" is "gaussian" for linear operators and "zero" for others.
+        covariance; for operators that are not linear by Gauss-Newton steps from several images.
+        "mle": the most probable image that explains the measurements, AIPO's solution at
+        ``lam = 0``. "zero": ``G(0)``. "random": ``G(z)`` with standard normal ``z``. "auto" is
+        "gaussian".
         At ``lam=0`` the result is that of "mle", whatever the start.
     mle_solver : {"lbfgs", "pgd"}, default="lbfgs"
         How the MLE start is found: by L-BFGS, or by the paper's projected gradient with Adam

@@ -62,6 +62,8 @@ def estimate_sigma(y, op):
 def _residuals(y, observed, op):
     """Standardised residuals of the least-squares fit, or None and the reason."""
     d, m = op.n_features_in_, op.n_measurements_
+    if getattr(op, "needs_params", False):
+        return None, f"{type(op).__name__} differs from row to row"
     if not op.is_linear:
         return None, f"{type(op).__name__} is not linear"
     if int(observed.sum(1).max()) <= d:
@@ -92,6 +94,8 @@ def _residuals(y, observed, op):
 def _details(y, observed, op):
     """The finest diagonal Haar wavelets, or None and the reason."""
     shape = op.measurement_shape_
+    if getattr(op, "is_complex", False) is not False:
+        return None, f"the measurements of {type(op).__name__} are frequencies, no image"
     if len(shape) != 3 or min(shape[1:]) < 2:
         return None, f"measurements of shape {tuple(shape)} are no images (C, H, W)"
     _, height, width = shape

@@ -49,6 +49,7 @@ class CensoredGaussianNoise(Likelihood):
     """
 
     is_exact_fit = False
+    is_chi_square = False
 
     def __init__(self, sigma, low=None, high=None):
         self.sigma = sigma
@@ -70,14 +71,11 @@ class CensoredGaussianNoise(Likelihood):
             )
 
     def _ends(self, y):
-        # What a float32 file makes of an end is the end.
-        low, high = -math.inf if self.low is None else self.low, self.high
-        high = math.inf if high is None else high
-        slack = 1e-6
-        return (
-            y <= low + slack * max(1.0, abs(low)) if self.low is not None else y == -math.inf,
-            y >= high - slack * max(1.0, abs(high)) if self.high is not None else y == math.inf,
-        )
+        nowhere = torch.zeros_like(y, dtype=torch.bool)
+        # What float32 makes of an end is the end.
+        bottom = nowhere if self.low is None else y <= self.low + 1e-6 * abs(self.low)
+        top = nowhere if self.high is None else y >= self.high - 1e-6 * abs(self.high)
+        return bottom & ~top, top
 
     def check_measurements(self, y):
         """Refuse what is beyond the ends.
@@ -95,9 +93,9 @@ class CensoredGaussianNoise(Likelihood):
         bottom, top = self._ends(y)
         bad = torch.zeros_like(top)
         if self.low is not None:
-            bad |= bottom & (y < self.low - 1e-5 * max(1.0, abs(self.low)))
+            bad |= bottom & (y < self.low - 1e-6 * abs(self.low))
         if self.high is not None:
-            bad |= top & (y > self.high + 1e-5 * max(1.0, abs(self.high)))
+            bad |= top & (y > self.high + 1e-6 * abs(self.high))
         rows = bad.any(1).nonzero().flatten().tolist()
         if rows:
             value = y[rows[0]][bad[rows[0]]][0].item()
@@ -174,6 +172,8 @@ class QuantizationNoise(Likelihood):
     array([[2., 2., 4.]])
     """
 
+    is_chi_square = False
+
     def __init__(self, step, sigma, low=None, high=None):
         self.step = step
         self.sigma = sigma
@@ -237,8 +237,10 @@ class QuantizationNoise(Likelihood):
         sigma = self._tensor("sigma", y)
         width = float(self.step) / sigma
         t = (y - prediction) / sigma
-        top = torch.zeros_like(y, dtype=torch.bool) if self.high is None else y >= self.high
-        bottom = torch.zeros_like(top) if self.low is None else y <= self.low
+        # (A level is known to rounding only.)
+        half = float(self.step) / 2
+        top = torch.zeros_like(y, dtype=torch.bool) if self.high is None else y > self.high - half
+        bottom = torch.zeros_like(top) if self.low is None else y < self.low + half
         # By symmetry the interval may be taken below zero, where both values are small and exact.
         centre = -torch.where(top | bottom, 0.0, t).abs()
         upper = torch.special.log_ndtr(centre + width / 2)

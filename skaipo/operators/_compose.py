@@ -122,6 +122,12 @@ class Compose(_Combined):
         self.outer = outer
         self.inner = inner
 
+    @property
+    def is_complex(self):
+        """Whether a measurement is real parts, then imaginary ones; None: nobody can tell."""
+        outer, inner = (getattr(part, "is_complex", False) for part in self._recipes())
+        return None if inner is not False and outer is False else outer
+
     def _recipes(self):
         return [self.outer, self.inner]
 
@@ -251,6 +257,12 @@ class Stack(_Combined):
                 ops[i] = params.pop(f"op{i}")
                 self.ops = ops
         return super().set_params(**params)
+
+    @property
+    def is_complex(self):
+        """None where a part's measurements are complex: what is where is not for others to know."""
+        mixed = any(getattr(part, "is_complex", False) is not False for part in self._recipes())
+        return None if mixed else False
 
     def _recipes(self):
         return list(self.ops) if _is_list(self.ops) else []

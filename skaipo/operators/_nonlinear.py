@@ -5,6 +5,7 @@ import math
 import numbers
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import nn
 
@@ -74,7 +75,7 @@ class NonlinearOperator(Operator):
                 f"measurement: there are no parameters yet to try fn with."
             )
         if shape is None:
-            self.measurement_shape_ = self._dry_run()
+            self.measurement_shape_ = self._tried()
         else:
             shape = (shape,) if isinstance(shape, numbers.Integral) else tuple(shape)
             if not shape or not all(isinstance(s, numbers.Integral) and s > 0 for s in shape):
@@ -84,7 +85,7 @@ class NonlinearOperator(Operator):
                 )
             self.measurement_shape_ = tuple(int(s) for s in shape)
             if not self.takes_params:
-                found = self._dry_run()
+                found = self._tried()
                 if math.prod(found) != math.prod(shape):
                     raise ValueError(
                         f"{type(self).__name__}: fn makes measurements of shape {found}, but "
@@ -94,6 +95,10 @@ class NonlinearOperator(Operator):
     def _given(self, params):
         # (The parameters are kept by the base class.)
         pass
+
+    def _tried(self):
+        with torch.inference_mode(False):  # in which nothing would have a gradient
+            return self._dry_run()
 
     def _dry_run(self):
         """The shape of a measurement, by a call with two images."""
@@ -264,19 +269,39 @@ class PhaseRetrieval(NonlinearOperator):
 
     def _setup(self):
         op = self.A
-        pairs = getattr(op, "is_complex", False)
-        if not isinstance(op, Operator):
-            matrix = op.detach().cpu().numpy() if isinstance(op, torch.Tensor) else op
-            pairs = np.iscomplexobj(matrix)
-            if pairs:
-                matrix = np.concatenate([np.real(matrix), np.imag(matrix)])
-            op = MatrixOperator(matrix)
-        if not op.is_linear:
+        if isinstance(op, torch.Tensor) and op.layout == torch.strided:
+            op = op.detach().cpu().numpy()
+        is_matrix = isinstance(op, np.ndarray | list | tuple) or sp.issparse(op)
+        pairs = is_matrix and np.iscomplexobj(op)
+        if pairs:
+            stack = sp.vstack if sp.issparse(op) else np.concatenate
+            op = stack([op.real, op.imag] if sp.issparse(op) else [np.real(op), np.imag(op)])
+        if is_matrix:
+            op = MatrixOperator(op)
+        elif not isinstance(op, Operator):
+            # (Here, because what adapts other libraries' operators makes use of this module.)
+            from skaipo.operators._convert import as_operator
+
+            op = as_operator(op)
+        pairs = pairs or getattr(op, "is_complex", False)
+        if pairs is None:
+            raise TypeError(
+                f"PhaseRetrieval cannot tell which numbers of {op!r} belong together as real and "
+                f"imaginary parts. Take the magnitudes of each complex part by itself, "
+                f"Stack([PhaseRetrieval(a), PhaseRetrieval(b)])."
+            )
+        if getattr(op, "takes_params", False) and op.needs_params:
+            raise TypeError(
+                f"PhaseRetrieval needs an operator that is the same for all rows, "
+                f"{type(op).__name__} takes parameters for each. Use "
+                f"NonlinearOperator(fn, takes_params=True)."
+            )
+        self.linear_ = op.bind(self.event_shape_)
+        if not self.linear_.is_linear:
             raise TypeError(
                 f"PhaseRetrieval needs a linear operator, {type(op).__name__} is not. For other "
                 f"functions use NonlinearOperator(fn)."
             )
-        self.linear_ = op.bind(self.event_shape_)
         self._pairs = bool(pairs)
         self._n_magnitudes = self.linear_.n_measurements_ // (2 if self._pairs else 1)
         self.measurement_shape_ = (self._n_magnitudes,)

@@ -110,7 +110,9 @@ class GaussianPrior(Prior):
                 raise ValueError(
                     f"mean has {len(mean)} entries, but event_shape {shape} has {math.prod(shape)}."
                 )
-            self._fitted_flow = self._build(mean, covariance, shape)
+            # (Born in inference mode it could never take part in autograd later.)
+            with torch.inference_mode(False):
+                self._fitted_flow = self._build(mean, covariance, shape)
             self._built_from = (self.mean, self.covariance, self.event_shape)
         return super().flow_
 

@@ -7,7 +7,7 @@ from skaipo.solvers._gauss_newton import gauss_newton_start
 from skaipo.solvers._gaussian import GaussianMetric, GaussianSurrogate, gaussian_start, surrogate_of
 from skaipo.solvers._hybrid import Hybrid
 from skaipo.solvers._lbfgs import LBFGS
-from skaipo.solvers._mle import FEASIBLE, MLE_SOLVERS, misfit, mle_start
+from skaipo.solvers._mle import FEASIBLE, MLE_SOLVERS, misfit, mle_start, off_centre
 from skaipo.solvers._schedules import (
     AdaptiveSchedule,
     DirectSchedule,
@@ -40,5 +40,6 @@ __all__ = [
     "minimize",
     "misfit",
     "mle_start",
+    "off_centre",
     "surrogate_of",
 ]

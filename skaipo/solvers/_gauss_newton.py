@@ -41,11 +41,14 @@ def gauss_newton_start(surrogate, objective, lam, factors=(1.0, 3.0, 10.0), max_
     gaussian, image = surrogate.to(objective.y), objective.in_space("image")
     n = len(objective)
     limit = _SEED_EVALS + len(factors) if max_evals is None else max_evals
+    # The last step into latent space is an evaluation as well.
+    limit -= objective.space == "latent"
     starts = [one.expand(n, -1) for one in (gaussian.mean[None], *gaussian.sample(_STARTS - 1))]
     # And the flow's own idea of an image that fits. Where signs or phases are lost, none of the
     # others need lie in the right valley.
     seed = min(_SEED_EVALS, limit - len(factors))
-    if seed > 1:
+    seed = seed if seed > 1 else 0
+    if seed:
         noise = None if objective.noise.is_exact_fit else objective.noise
         everyone = torch.arange(n, device=objective.y.device)
         starts.append(penalised(objective, everyone, seed, noise).evaluation.x)
@@ -100,16 +103,19 @@ def _gauss_newton(surrogate, objective, lam, x, steps):
         return _conjugate_gradients(affine, surrogate, location[rows], weight[rows], lam, x)
 
     value = evaluate(x)
+    going = value.isfinite()
     for _ in range(steps):
+        if not bool(going.any()):
+            break
         step = padded(solve, x, lam, rows)
         before = value
         for length in _LENGTHS:
             trial = x + length * step
             new = evaluate(trial)
-            lower = new < value
+            # A row that has stopped stays where it is, whatever the others do.
+            lower = going & (new < value)
             x, value = torch.where(lower[:, None], trial, x), torch.where(lower, new, value)
-        if bool((value >= before - 1e-3 * before.abs()).all()):
-            break
+        going = going & (value < before - 1e-3 * before.abs())
     return x, value
 
 

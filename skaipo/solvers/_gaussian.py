@@ -262,11 +262,16 @@ class GaussianMetric:
             columns, size = padded(images, self.group).split((basis.shape[1], len(signs)), 1)
             small = torch.bmm(columns * weight[:, None], columns.mT)
             size = size.square().mean(1)
-        curvature, rotation = torch.linalg.eigh((spread[:, None] * small * spread).double())
+        small = spread[:, None] * small * spread
+        # A row whose numbers overflow does without: eigh would refuse the whole batch.
+        usable = small.isfinite().all(2).all(1)
+        small = torch.where(usable[:, None, None], small, 0.0)
+        curvature, rotation = torch.linalg.eigh(small.double())
         self.curvature = curvature.clamp_min(0).to(y)
         self.rotation = (spread[:, None] * rotation).to(y)
         # Mean of the diagonal of A^T W A.
-        self.level = (self.weight * size).sum(1) / basis.shape[0]
+        level = (self.weight * size).sum(1) / basis.shape[0]
+        self.level = torch.where(level.isfinite(), level, 0.0)
 
     def _map(self, group):
         """The operator, as an affine one, for the rows of some groups."""

@@ -10,7 +10,7 @@ from skaipo.solvers._base import CONVERGED, minimize
 from skaipo.solvers._first_order import Adam
 from skaipo.solvers._lbfgs import LBFGS
 
-__all__ = ["FEASIBLE", "MLE_SOLVERS", "misfit", "mle_start", "penalised"]
+__all__ = ["FEASIBLE", "MLE_SOLVERS", "misfit", "mle_start", "off_centre", "penalised"]
 
 MLE_SOLVERS = ("pgd", "lbfgs")
 # What counts as f(x) = y where f is not linear: ||f(x) - y|| <= FEASIBLE * ||y||.
@@ -179,8 +179,8 @@ def _sequential(objective, rows, max_evals, tol, method):
 def _closer(objective, x, steps=20):
     """Gauss-Newton steps towards ``f(x) = y``, each the shortest; as long as they get closer."""
     away = misfit(objective, x)
+    going = away > 0.1 * FEASIBLE
     for _ in range(steps):
-        going = away > 0.1 * FEASIBLE
         if not bool(going.any()):
             return x
         step = _Feasible(objective, at=x).project(x) - x
@@ -190,9 +190,22 @@ def _closer(objective, x, steps=20):
             new = misfit(objective, trial)
             lower = going & (new < away)
             x, away = torch.where(lower[:, None], trial, x), torch.where(lower, new, away)
-        if not bool((away < 0.99 * before)[going].any()):
-            return x
+        going = going & (away < 0.99 * before) & (away > 0.1 * FEASIBLE)
     return x
+
+
+def off_centre(objective):
+    """The mode of the latent space (n, d); a little beside it where ``f`` is not linear.
+
+    What is symmetric about the mode, such as the magnitudes of data of mean zero, has no slope
+    there, and no solver would ever leave. The same for all rows.
+    """
+    z = objective.y.new_zeros(len(objective), objective.n_features)
+    if objective.op.is_linear:
+        return z
+    generator = torch.Generator().manual_seed(0)
+    beside = torch.randn(objective.n_features, generator=generator, dtype=torch.float64)
+    return z + 0.01 * beside.to(z)
 
 
 def penalised(objective, rows, max_evals, noise=None, tol=0.01):
@@ -207,7 +220,7 @@ def penalised(objective, rows, max_evals, noise=None, tol=0.01):
     if noise is None:
         problem.noise = SquaredError().bind(y.shape[1])
         lam *= 2.0 * objective.flow.data_scale() ** 2
-    u = y.new_zeros(len(y), objective.n_features) if space == "latent" else problem.centre()
+    u = off_centre(problem) if space == "latent" else problem.centre()
     solution = minimize(problem, u, lam, LBFGS(), max_evals=max_evals, tol=tol, anneal=False)
     objective.n_evals[rows] = problem.n_evals
     return solution
