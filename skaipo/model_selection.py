@@ -1,12 +1,13 @@
 """The choice of lambda: the path of reconstructions, and cross-validation along it."""
 
 import numbers
+import warnings
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
 from sklearn.base import clone
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils import _safe_indexing, indexable
 from sklearn.utils.validation import _num_samples
 
@@ -311,6 +312,7 @@ class AIPORegressorCV(Continuation, Regressor):
         if frozen and sum(len(test) for _, test in folds) > _num_samples(X):
             shared, n_evals = fitted._solve(X, targets, op_params=op_params)
         scores, errors = np.empty((len(lams), len(folds))), np.empty((len(lams), len(folds)))
+        short = solved = 0
         for k, (train, test) in enumerate(folds):
             Y_test = _safe_indexing(X, test)
             X_test = None if y is None else _safe_indexing(y, test)
@@ -326,11 +328,21 @@ class AIPORegressorCV(Continuation, Regressor):
                 results, spent = estimator._solve(Y_test, targets, op_params=test_params)
                 n_evals += spent
             for i, result in enumerate(results):
+                short += int((result.status != "converged").sum())
+                solved += len(result.status)
                 if getattr(self, "_one_output", False):
                     result.x = result.x.reshape(len(result.x))
                 scores[i, k] = scorer(_AlongPath(estimator, result), Y_test, X_test)
                 if X_test is not None:
                     errors[i, k] = reconstruction_error(X_test, result.x)
+        if short:
+            warnings.warn(
+                f"{short} of {solved} solves along the path stopped before they converged: the "
+                f"scores are those of shorter runs than predict's. Raise max_evals if two lambdas "
+                f"are close.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
         self.lams_ = lams
         mean = scores.mean(1)
         best = int(np.argmax(mean))

@@ -499,3 +499,13 @@ def test_transformer_trains_its_prior_on_whole_rows_and_says_so():
     seen = ~np.isnan(holes)
     np.testing.assert_allclose(filled[seen], X[seen], atol=0.05)
     assert np.isfinite(filled).all()
+
+
+@pytest.mark.parametrize(
+    "prior, hint", [("glow", 'FlowPrior."glow".'), (GaussianPrior, "GaussianPrior.."), (3, "got 3")]
+)
+def test_what_is_no_prior(prior, hint):
+    model, Y = AIPORegressor(Denoising(), prior=prior), np.zeros((2, D))
+    for call in (lambda: model.predict(Y), lambda: model.fit(Y, Y)):
+        with pytest.raises(TypeError, match=f"must be a FlowPrior or GaussianPrior.*{hint}"):
+            call()

@@ -48,11 +48,22 @@ def is_prior(obj):
 
 def is_fitted(prior):
     """Whether a prior is ready to be used."""
+    if not is_prior(prior):
+        return False
     try:
         check_is_fitted(prior)
     except NotFittedError:
         return False
     return True
+
+
+def _no_such_prior(prior):
+    hint = ""
+    if isinstance(prior, str):
+        hint = f' Did you mean FlowPrior("{prior}")?'
+    elif isinstance(prior, type):
+        hint = f" Did you mean {prior.__name__}()?"
+    return TypeError(f"prior must be a FlowPrior or GaussianPrior, got {prior!r:.80}.{hint}")
 
 
 def is_learnt(op):
@@ -168,7 +179,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             prior = FlowPrior(flow=prior)
         if prior is not None:
             if not is_prior(prior):
-                raise TypeError(f"prior must be a FlowPrior or GaussianPrior, got {prior!r}.")
+                raise _no_such_prior(prior)
             self.prior = prior
         self._check_params()
         if self.prior is None:
@@ -310,6 +321,8 @@ class Reconstructor(ShortRepr, BaseEstimator):
         return check_lam(self.lam)
 
     def _check_params(self):
+        if self.prior is not None and (isinstance(self.prior, type) or not is_prior(self.prior)):
+            raise _no_such_prior(self.prior)
         if hasattr(self, "lam"):
             check_lam(self.lam)
         for name, low in (("max_evals", 4), ("batch_size", 1), ("n_starts", 1)):
@@ -501,7 +514,8 @@ class Reconstructor(ShortRepr, BaseEstimator):
             warnings.warn(
                 f"{open_rows} of {len(result.status)} rows stopped before they converged "
                 f"({counts['budget']} at max_evals={self.max_evals}, {counts['stalled']} stalled). "
-                f"Raise max_evals or tol; see reconstruct(Y).status.",
+                f"Raise max_evals, or, where that changes little, tol={self.tol:g}: a row that has "
+                f"stalled gets no further. See reconstruct(Y).status.",
                 ConvergenceWarning,
                 stacklevel=2,
             )

@@ -116,7 +116,9 @@ class Inpainting(PixelOperator):
         self.measured_ = mask.reshape(-1)
 
     def _wanted_params(self):
-        return f"masks of shape (n, {self.n_features_in_}) or {('n', *self.event_shape_)}"
+        shape = ", ".join(map(str, self.event_shape_))
+        images = "" if len(self.event_shape_) == 1 else f" or (n, {shape})"
+        return f"masks of shape (n, {self.n_features_in_}){images}"
 
     def _check_given(self, params):
         if params.shape[1:] not in ((self.n_features_in_,), self.event_shape_):
