@@ -12,8 +12,9 @@ from skaipo.operators._convert import as_operator
 from skaipo.operators._filters import Blur, Downsampling, gaussian_kernel
 from skaipo.operators._fourier import MaskedFourier
 from skaipo.operators._linear import CompressedSensing, LeastSquaresOperator, MatrixOperator
-from skaipo.operators._nonlinear import Clipping, NonlinearOperator, PhaseRetrieval
+from skaipo.operators._nonlinear import Clipping, NonlinearOperator
 from skaipo.operators._per_sample import PerSampleMatrix
+from skaipo.operators._phase import PhaseRetrieval
 from skaipo.operators._pixels import Denoising, Inpainting
 
 __all__ = [
