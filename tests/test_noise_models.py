@@ -792,3 +792,15 @@ def test_what_cannot_be_estimated():
         noise.bind(3)
     with pytest.raises(ValueError, match=r"has not been estimated yet"):
         noise.add_noise(np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["fit", "predict"])
+def test_what_the_operator_does_not_measure_is_not_checked(method):
+    prior = GaussianPrior(np.ones(3), np.eye(3))
+    op = Inpainting([True, True, False])
+    Y = np.array([[1.0, 2.0, -999.0]])
+    counted = AIPORegressor(op, prior=prior, noise=PoissonNoise())
+    getattr(counted, method)(Y)
+    flow = AIPORegressor(op, prior=prior, noise=FlowNoise(prior))
+    with pytest.raises(ValueError, match=r"needs every measurement.* 1 row\(s\): 0\."):
+        getattr(flow, method)(Y)

@@ -166,7 +166,7 @@ def test_saturation_has_ends_and_nothing_beyond_them():
             CensoredGaussianNoise(*arguments).bind(3)
     prior = GaussianPrior(np.zeros(2), np.eye(2))
     model = AIPORegressor(Denoising(), prior=prior, noise=CensoredGaussianNoise(1.0, 0.0, 1.0))
-    with pytest.raises(ValueError, match="between 0.0 and 1.0; got 1.5 in row 1"):
+    with pytest.raises(ValueError, match="between 0.0 and 1.0, got 1.5 in row 1"):
         model.predict(np.array([[0.0, 1.0], [0.5, 1.5]]))
 
 

@@ -89,6 +89,11 @@ def _masked(y, mask):
     return y
 
 
+def _check_measurements(noise, op, y):
+    # What the operator does not measure is no measurement, whatever the array holds.
+    noise.check_measurements(torch.where(op.measured(y), y, torch.nan))
+
+
 class Reconstructor(ShortRepr, BaseEstimator):
     """What all estimators share: priors, validation, chunks, results."""
 
@@ -206,7 +211,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         vars(self).pop("noise_", None)
         if X is not None:
             measured, _, _ = self._measurements(X, op, reset=True)
-            noise.check_measurements(measured)
+            _check_measurements(noise, op, measured)
             if noise.is_estimated:
                 self.noise_ = noise = noise.estimate(measured, op)
         if not noise.is_estimated:
@@ -397,8 +402,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         y, layout, _ = self._measurements(Y, op, flow=flow, mask=mask)
         y = y.clone() if y.is_inference() else y
         params = op.check_params(op_params, len(y), like=y)
-        # What the operator does not measure is no measurement, whatever the array holds.
-        noise.check_measurements(torch.where(op.given(params).measured(y), y, torch.nan))
+        _check_measurements(noise, op.given(params), y)
         starts = self._starts(y, flow, op)
         method = self._method()
         helps = self.space == "image" and method.wants_metric

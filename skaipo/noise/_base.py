@@ -11,7 +11,23 @@ from sklearn.utils import check_random_state
 
 from skaipo.operators._base import ShortRepr
 
-__all__ = ["Likelihood", "NoiseModel", "SquaredError", "as_noise"]
+__all__ = ["Likelihood", "NoiseModel", "SquaredError", "as_noise", "named_rows", "refuse_rows"]
+
+
+def named_rows(rows):
+    """Row numbers for a message."""
+    return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+
+
+def refuse_rows(bad, y, message, hint=""):
+    """Raise a ValueError that names the rows if any entry of a mask (n, m) is set."""
+    rows = bad.any(1).nonzero().flatten().tolist()
+    if rows:
+        first = y[rows[0]][bad[rows[0]]][0].item()
+        raise ValueError(
+            f"{message}, got {first:g} in row {rows[0]} ({len(rows)} rows: {named_rows(rows)})."
+            f"{hint}"
+        )
 
 
 class NoiseModel(ShortRepr, BaseEstimator, ABC):

@@ -5,18 +5,9 @@ import math
 import numpy as np
 import torch
 
-from skaipo.noise._base import Likelihood
+from skaipo.noise._base import Likelihood, refuse_rows
 
 __all__ = ["BernoulliNoise", "PoissonNoise"]
-
-
-def _name_rows(bad, y, message):
-    """Raise a ValueError if any entry of a mask is set."""
-    rows = bad.any(1).nonzero().flatten().tolist()
-    if rows:
-        first = y[rows[0]][bad[rows[0]]][0].item()
-        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        raise ValueError(f"{message}, got {first:g} in row {rows[0]} ({len(rows)} rows: {shown}).")
 
 
 class PoissonNoise(Likelihood):
@@ -79,17 +70,9 @@ class PoissonNoise(Likelihood):
     def check_measurements(self, y):
         """Refuse negative counts.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-            NaN where nothing was measured.
-
-        Raises
-        ------
-        ValueError
-            Names the rows.
+        See :meth:`NoiseModel.check_measurements`.
         """
-        _name_rows(y < 0, y, "PoissonNoise expects counts, which are at least 0")
+        refuse_rows(y < 0, y, "PoissonNoise expects counts, which are at least 0")
 
     def _terms(self, prediction, y):
         rate = self._tensor("gain", y) * prediction + self._tensor("background", y)
@@ -111,13 +94,7 @@ class PoissonNoise(Likelihood):
     def gaussian_fit(self, y):
         """Mean ``y`` and variance ``y + 1/2`` of the rate, in the units of ``f(x)``.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-
-        Returns
-        -------
-        location, weight : Tensor, shape (n, m)
+        See :meth:`NoiseModel.gaussian_fit`.
         """
         gain = self._tensor("gain", y)
         weight = gain.square() / (y.clamp_min(0.0) + 0.5)
@@ -196,20 +173,12 @@ class BernoulliNoise(Likelihood):
     def check_measurements(self, y):
         """Refuse what is not a bit.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-            NaN where nothing was measured.
-
-        Raises
-        ------
-        ValueError
-            Names the rows.
+        See :meth:`NoiseModel.check_measurements`.
         """
         bits = (y == 0) | (y.abs() == 1) | y.isnan()
-        _name_rows(~bits, y, "BernoulliNoise expects bits, 0 and 1 or -1 and +1")
+        refuse_rows(~bits, y, "BernoulliNoise expects bits, 0 and 1 or -1 and +1")
         mixed = (y == 0) & (y == -1).any(1, keepdim=True)
-        _name_rows(mixed, y, "BernoulliNoise expects bits, either 0 and 1 or -1 and +1 in a row")
+        refuse_rows(mixed, y, "BernoulliNoise expects bits, either 0 and 1 or -1 and +1 in a row")
 
     def _terms(self, prediction, y):
         t = (prediction - self._tensor("threshold", y)) / self._tensor("scale", y)
@@ -229,13 +198,7 @@ class BernoulliNoise(Likelihood):
         measurements are expected, so that their spread stands in for that of the measurements:
         the noise is taken to have the variance ``scale^2`` plus that of the thresholds.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-
-        Returns
-        -------
-        location, weight : Tensor, shape (n, m)
+        See :meth:`NoiseModel.gaussian_fit`.
         """
         slope, curvature = (math.sqrt(2 / math.pi), 2 / math.pi)
         if self.link == "logistic":

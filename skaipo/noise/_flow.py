@@ -8,7 +8,7 @@ import torch
 from skaipo._handle import pack_module, unpack_module
 from skaipo._padding import padded
 from skaipo.flows import Flow
-from skaipo.noise._base import Likelihood
+from skaipo.noise._base import Likelihood, named_rows
 
 __all__ = ["FlowNoise"]
 
@@ -96,26 +96,17 @@ class FlowNoise(Likelihood):
     def check_measurements(self, y):
         """Refuse rows with missing entries.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-            NaN where nothing was measured.
-
-        Raises
-        ------
-        ValueError
-            Names the rows.
+        See :meth:`NoiseModel.check_measurements`.
         """
         rows = y.isnan().any(1).nonzero().flatten().tolist()
         if rows:
             raise self._missing(rows)
 
     def _missing(self, rows):
-        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         return ValueError(
             f"FlowNoise needs every measurement, because a flow has no marginals in closed form; "
-            f"some are missing in {len(rows)} row(s): {shown}. Leave these rows out, or use "
-            f"CorrelatedGaussianNoise(covariance of the noise), which takes NaN."
+            f"some are missing in {len(rows)} row(s): {named_rows(rows)}. Leave these rows out, or "
+            f"use CorrelatedGaussianNoise(covariance of the noise), which takes NaN."
         )
 
     def _nll(self, prediction, y, observed):
@@ -152,13 +143,7 @@ class FlowNoise(Likelihood):
     def gaussian_fit(self, y):
         """Independent noise with the mean and the variances of the flow's samples.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-
-        Returns
-        -------
-        location, weight : Tensor, shape (n, m)
+        See :meth:`NoiseModel.gaussian_fit`.
         """
         mean, variance = (moment.to(y) for moment in self._moments())
         return y - mean, (1 / variance).expand_as(y)

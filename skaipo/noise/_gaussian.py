@@ -227,14 +227,7 @@ class CorrelatedGaussianNoise(Likelihood):
     def gaussian_fit(self, y):
         """Independent noise in its stead: of the same conditional variances.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-
-        Returns
-        -------
-        location, weight : Tensor, shape (n, m)
-            ``y``, and the diagonal of ``C^-1``.
+        ``y``, and the diagonal of ``C^-1``; see :meth:`NoiseModel.gaussian_fit`.
         """
         whitener = self._bound_to(y.shape[1])._whitener(None, y)
         return y, whitener.square().sum(0).expand_as(y)

@@ -76,13 +76,7 @@ class LaplaceNoise(NoiseModel):
     def gaussian_fit(self, y):
         """The Gaussian of the same variance, ``2 scale^2``.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-
-        Returns
-        -------
-        location, weight : Tensor, shape (n, m)
+        See :meth:`NoiseModel.gaussian_fit`.
         """
         return y, (self._tensor("scale", y) ** -2 / 2).expand_as(y)
 
@@ -148,13 +142,7 @@ class StudentTNoise(NoiseModel):
     def gaussian_fit(self, y):
         """The Gaussian of the same Fisher information, ``(df + 1) / ((df + 3) scale^2)``.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-
-        Returns
-        -------
-        location, weight : Tensor, shape (n, m)
+        See :meth:`NoiseModel.gaussian_fit`.
         """
         df = float(self.df)
         return y, ((df + 1) / (df + 3) * self._tensor("scale", y) ** -2).expand_as(y)

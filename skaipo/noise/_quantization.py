@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from skaipo.noise._base import Likelihood
+from skaipo.noise._base import Likelihood, refuse_rows
 
 __all__ = ["CensoredGaussianNoise", "QuantizationNoise"]
 
@@ -14,7 +14,38 @@ __all__ = ["CensoredGaussianNoise", "QuantizationNoise"]
 _NARROW = 0.05
 
 
-class CensoredGaussianNoise(Likelihood):
+class _Saturating(Likelihood):
+    """Gaussian noise and a range with ends, ``low`` and ``high``, beyond which nothing is read."""
+
+    is_chi_square = False
+
+    def _check_ends(self):
+        name = type(self).__name__
+        for end in ("low", "high"):
+            if getattr(self, end) is not None:
+                self._values(end, sign="any", per_entry=False)
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError(f"{name} needs low < high, got {self.low} and {self.high}.")
+
+    def _beyond(self, y, slack):
+        """What lies beyond the ends by more than a function of the end allows, (n, m)."""
+        bad = torch.zeros_like(y, dtype=torch.bool)
+        if self.low is not None:
+            bad |= y < self.low - slack(self.low)
+        if self.high is not None:
+            bad |= y > self.high + slack(self.high)
+        return bad
+
+    def max_curvature(self):
+        return float(self._parameter("sigma").min() ** -2)
+
+
+def _rounding(end):
+    """What float32 makes of an end is the end."""
+    return 1e-6 * abs(end)
+
+
+class CensoredGaussianNoise(_Saturating):
     """Gaussian noise, then saturation: what is beyond the ends of the range is read as the ends.
 
     ``nll = (y - f)^2 / (2 sigma^2)`` inside the range, as for :class:`GaussianNoise`; at the upper
@@ -49,7 +80,6 @@ class CensoredGaussianNoise(Likelihood):
     """
 
     is_exact_fit = False
-    is_chi_square = False
 
     def __init__(self, sigma, low=None, high=None):
         self.sigma = sigma
@@ -62,48 +92,25 @@ class CensoredGaussianNoise(Likelihood):
             raise ValueError(
                 "CensoredGaussianNoise needs low, high or both; without ends use GaussianNoise."
             )
-        for name in ("low", "high"):
-            if getattr(self, name) is not None:
-                self._values(name, sign="any", per_entry=False)
-        if self.low is not None and self.high is not None and not self.low < self.high:
-            raise ValueError(
-                f"CensoredGaussianNoise needs low < high, got {self.low} and {self.high}."
-            )
+        self._check_ends()
 
     def _ends(self, y):
         nowhere = torch.zeros_like(y, dtype=torch.bool)
-        # What float32 makes of an end is the end.
-        bottom = nowhere if self.low is None else y <= self.low + 1e-6 * abs(self.low)
-        top = nowhere if self.high is None else y >= self.high - 1e-6 * abs(self.high)
+        bottom = nowhere if self.low is None else y <= self.low + _rounding(self.low)
+        top = nowhere if self.high is None else y >= self.high - _rounding(self.high)
         return bottom & ~top, top
 
     def check_measurements(self, y):
         """Refuse what is beyond the ends.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-            NaN where nothing was measured.
-
-        Raises
-        ------
-        ValueError
-            Names the rows.
+        See :meth:`NoiseModel.check_measurements`.
         """
-        bottom, top = self._ends(y)
-        bad = torch.zeros_like(top)
-        if self.low is not None:
-            bad |= bottom & (y < self.low - 1e-6 * abs(self.low))
-        if self.high is not None:
-            bad |= top & (y > self.high + 1e-6 * abs(self.high))
-        rows = bad.any(1).nonzero().flatten().tolist()
-        if rows:
-            value = y[rows[0]][bad[rows[0]]][0].item()
-            raise ValueError(
-                f"CensoredGaussianNoise expects measurements between {self.low} and {self.high}; "
-                f"got {value:g} in row {rows[0]} ({len(rows)} rows). Noise that comes after the "
-                f"saturation is GaussianNoise with the operator Clipping."
-            )
+        refuse_rows(
+            self._beyond(y, _rounding),
+            y,
+            f"CensoredGaussianNoise expects measurements between {self.low} and {self.high}",
+            hint=" Noise after the saturation is GaussianNoise, with the operator Clipping.",
+        )
 
     def _terms(self, prediction, y):
         t = (y - prediction) / self._tensor("sigma", y)
@@ -113,19 +120,10 @@ class CensoredGaussianNoise(Likelihood):
         tail = torch.where(open_end, torch.where(top, -t, t), 0.0)
         return torch.where(open_end, -torch.special.log_ndtr(tail), inside)
 
-    def max_curvature(self):
-        return float(self._parameter("sigma").min() ** -2)
-
     def gaussian_fit(self, y):
         """The measurements, with their variance.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-
-        Returns
-        -------
-        location, weight : Tensor, shape (n, m)
+        See :meth:`NoiseModel.gaussian_fit`.
         """
         return y, self._tensor("sigma", y).square().reciprocal().expand_as(y)
 
@@ -134,7 +132,7 @@ class CensoredGaussianNoise(Likelihood):
         return np.clip(noisy, self.low, self.high)
 
 
-class QuantizationNoise(Likelihood):
+class QuantizationNoise(_Saturating):
     """Gaussian noise, then rounding to multiples of ``step``: an analogue-digital converter.
 
     ``nll = -sum log[Phi((y + step/2 - f) / sigma) - Phi((y - step/2 - f) / sigma)]`` in nats: the
@@ -172,8 +170,6 @@ class QuantizationNoise(Likelihood):
     array([[2., 2., 4.]])
     """
 
-    is_chi_square = False
-
     def __init__(self, step, sigma, low=None, high=None):
         self.step = step
         self.sigma = sigma
@@ -191,47 +187,28 @@ class QuantizationNoise(Likelihood):
     def _check(self):
         self._parameter("step")
         self._parameter("sigma")
+        self._check_ends()
         for name in ("low", "high"):
             end = getattr(self, name)
-            if end is None:
-                continue
-            end = float(self._values(name, sign="any", per_entry=False))
-            if abs(end / self.step - round(end / self.step)) > 1e-6:
+            if end is not None and abs(end / self.step - round(end / self.step)) > 1e-6:
                 raise ValueError(
                     f"QuantizationNoise({name}) must be a level, a multiple of step={self.step}, "
                     f"got {end}."
                 )
-        if self.low is not None and self.high is not None and not self.low < self.high:
-            raise ValueError(f"QuantizationNoise needs low < high, got {self.low} and {self.high}.")
 
     def check_measurements(self, y):
         """Refuse what is not a level.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-            NaN where nothing was measured.
-
-        Raises
-        ------
-        ValueError
-            Names the rows.
+        See :meth:`NoiseModel.check_measurements`.
         """
         level = y / float(self.step)
         # (A float32 level of a few thousand steps is known to about 1e-4 of a step.)
         bad = (level - level.round()).abs() > 1e-3 * level.abs().clamp_min(1.0)
-        if self.low is not None:
-            bad |= y < self.low - 1e-3 * self.step
-        if self.high is not None:
-            bad |= y > self.high + 1e-3 * self.step
-        rows = bad.any(1).nonzero().flatten().tolist()
-        if rows:
-            value = y[rows[0]][bad[rows[0]]][0].item()
-            ends = "" if self.is_exact_fit else f" between {self.low} and {self.high}"
-            raise ValueError(
-                f"QuantizationNoise expects levels, multiples of step={self.step}{ends}; got "
-                f"{value:g} in row {rows[0]} ({len(rows)} rows)."
-            )
+        bad |= self._beyond(y, lambda end: 1e-3 * self.step)
+        ends = "" if self.is_exact_fit else f" between {self.low} and {self.high}"
+        refuse_rows(
+            bad, y, f"QuantizationNoise expects levels, multiples of step={self.step}{ends}"
+        )
 
     def _terms(self, prediction, y):
         sigma = self._tensor("sigma", y)
@@ -262,19 +239,10 @@ class QuantizationNoise(Likelihood):
         )
         return -log_probability
 
-    def max_curvature(self):
-        return float(self._parameter("sigma").min() ** -2)
-
     def gaussian_fit(self, y):
         """The level, with the variance of the noise and of a uniform error of one step.
 
-        Parameters
-        ----------
-        y : Tensor, shape (n, m)
-
-        Returns
-        -------
-        location, weight : Tensor, shape (n, m)
+        See :meth:`NoiseModel.gaussian_fit`.
         """
         variance = self._tensor("sigma", y).square() + float(self.step) ** 2 / 12
         return y, (1 / variance).expand_as(y)

@@ -4,7 +4,7 @@ import torch
 
 from skaipo._padding import padded
 from skaipo.operators._nonlinear import Linearisation
-from skaipo.solvers._gaussian import GaussianMetric
+from skaipo.solvers._gaussian import better, conjugate_gradients, lowest
 from skaipo.solvers._mle import penalised
 
 __all__ = ["gauss_newton_start"]
@@ -20,8 +20,6 @@ _LENGTHS = (1.0, 0.5, 0.2, 0.05)
 
 def gauss_newton_start(surrogate, objective, lam, factors=(1.0, 3.0, 10.0), max_evals=None):
     """Start from what the solution would be if the prior were Gaussian; see gaussian_start.
-
-    The objective's metric is then that of the operator's linearisation at the start.
 
     Parameters
     ----------
@@ -53,20 +51,12 @@ def gauss_newton_start(surrogate, objective, lam, factors=(1.0, 3.0, 10.0), max_
         everyone = torch.arange(n, device=objective.y.device)
         starts.append(penalised(objective, everyone, seed, noise).evaluation.x)
     middle = factors[len(factors) // 2] * lam
-    x = lowest = None
-    for start in starts:
-        found, value = _gauss_newton(gaussian, image, middle, start, _STEPS)
-        x = found if x is None else torch.where((value < lowest)[:, None], found, x)
-        lowest = value if lowest is None else torch.minimum(value, lowest)
-    best = value = None
-    for factor in factors[: max(1, limit - seed)]:
-        found, _ = _gauss_newton(gaussian, image, factor * lam, x, _STEPS)
-        evaluation = image.evaluate(found)
-        new = torch.where(evaluation.finite(), evaluation.value(lam), torch.inf)
-        best = found if best is None else torch.where((new < value)[:, None], found, best)
-        value = new if value is None else torch.minimum(new, value)
-    objective.metric = GaussianMetric(surrogate, objective, at=best)
-    return objective.variable(best)
+    x, value = _gauss_newton(gaussian, image, middle, starts[0], _STEPS)
+    for start in starts[1:]:
+        x, value = better(*_gauss_newton(gaussian, image, middle, start, _STEPS), x, value)
+    factors = factors[: max(1, limit - seed)]
+    refined = (_gauss_newton(gaussian, image, factor * lam, x, _STEPS)[0] for factor in factors)
+    return lowest(objective, lam, refined)
 
 
 def _gauss_newton(surrogate, objective, lam, x, steps):
@@ -100,7 +90,7 @@ def _gauss_newton(surrogate, objective, lam, x, steps):
 
     def solve(x, lam, rows):
         affine = Linearisation(objective.operator(rows), x)
-        return _conjugate_gradients(affine, surrogate, location[rows], weight[rows], lam, x)
+        return _newton_step(affine, surrogate, location[rows], weight[rows], lam, x)
 
     value = evaluate(x)
     going = value.isfinite()
@@ -111,38 +101,27 @@ def _gauss_newton(surrogate, objective, lam, x, steps):
         before = value
         for length in _LENGTHS:
             trial = x + length * step
-            new = evaluate(trial)
             # A row that has stopped stays where it is, whatever the others do.
-            lower = going & (new < value)
-            x, value = torch.where(lower[:, None], trial, x), torch.where(lower, new, value)
+            new = torch.where(going, evaluate(trial), torch.inf)
+            x, value = better(trial, new, x, value)
         going = going & (value < before - 1e-3 * before.abs())
     return x, value
 
 
-def _conjugate_gradients(affine, surrogate, y, weight, lam, x):
+def _newton_step(affine, surrogate, y, weight, lam, x):
     """The step from ``x`` to the minimiser under the surrogate, for an affine operator.
 
-    By conjugate gradients in the coordinates in which the surrogate is white (Nocedal & Wright,
-    2006, algorithm 5.3, with its covariance for preconditioner); a few steps do for a direction.
+    By conjugate gradients in the coordinates in which the surrogate is white; a few steps do for a
+    direction.
     """
     misfit = torch.where(weight > 0, y - affine.forward(x), 0.0)
     prior = surrogate.precise(x - surrogate.mean)
-    residual = affine.adjoint(weight * misfit) - lam[:, None] * prior
-    step = torch.zeros_like(x)
-    p = z = surrogate.cover(residual)
-    size = first = (residual * z).sum(1)
-    for _ in range(_CG_STEPS):
-        hp = affine.adjoint(weight * affine.linear(p)) + lam[:, None] * surrogate.precise(p)
-        curvature = (p * hp).sum(1)
+    return conjugate_gradients(
+        lambda v: affine.adjoint(weight * affine.linear(v)) + lam[:, None] * surrogate.precise(v),
+        surrogate.cover,
+        torch.zeros_like(x),
+        affine.adjoint(weight * misfit) - lam[:, None] * prior,
+        _CG_STEPS,
         # What is left below this is rounding that grows.
-        going = (curvature > 0) & (size > 1e-6 * first)
-        if not bool(going.any()):
-            break
-        alpha = torch.where(going, size / curvature, 0.0)[:, None]
-        step = torch.addcmul(step, alpha, p)
-        residual = torch.addcmul(residual, -alpha, hp)
-        z = surrogate.cover(residual)
-        new = (residual * z).sum(1)
-        p = torch.addcmul(z, torch.where(size > 0, new / size, 0.0)[:, None], p)
-        size = new
-    return step
+        lambda size: 1e-6 * size,
+    )

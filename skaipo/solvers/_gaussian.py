@@ -200,18 +200,50 @@ def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0), max_evals=None):
     u : torch.Tensor of shape (n, d)
         In the objective's space.
     """
+    metric = objective.in_space("image").metric
+    factors = factors if max_evals is None else factors[: max(1, max_evals)]
+    return lowest(objective, lam, (metric.start(factor * lam) for factor in factors))
+
+
+def lowest(objective, lam, candidates):
+    """Of images (n, d) each row's of lowest objective, in the objective's space."""
     image = objective.in_space("image")
     best = value = None
-    for factor in factors if max_evals is None else factors[: max(1, max_evals)]:
-        x = image.metric.start(factor * lam)
+    for x in candidates:
         evaluation = image.evaluate(x)
         new = torch.where(evaluation.finite(), evaluation.value(lam), torch.inf)
-        if best is None:
-            best, value = x, new
-        else:
-            lower = new < value
-            best, value = torch.where(lower[:, None], x, best), torch.where(lower, new, value)
+        best, value = (x, new) if best is None else better(x, new, best, value)
     return objective.variable(best)
+
+
+def better(x, new, best, value):
+    """Row by row whichever of two points has the lower value; the second, if they are equal."""
+    lower = new < value
+    return torch.where(lower[:, None], x, best), torch.where(lower, new, value)
+
+
+def conjugate_gradients(product, precondition, x, residual, steps, least):
+    """Solve ``H (result - x) = residual`` row by row, with products ``H v`` alone.
+
+    Preconditioned, algorithm 5.3 of Nocedal & Wright (2006). A row stands still once the
+    preconditioned square of its residual is at most ``least`` (n,), as a function of the first.
+    """
+    p = z = precondition(residual)
+    size = (residual * z).sum(1)
+    least = least(size)
+    for _ in range(steps):
+        if not bool((size > least).any()):
+            break
+        hp = product(p)
+        curvature = (p * hp).sum(1)
+        alpha = torch.where((curvature > 0) & (size > least), size / curvature, 0.0)[:, None]
+        x = torch.addcmul(x, alpha, p)
+        residual = torch.addcmul(residual, -alpha, hp)
+        z = precondition(residual)
+        new = (residual * z).sum(1)
+        p = torch.addcmul(z, torch.where(size > 0, new / size, 0.0)[:, None], p)
+        size = new
+    return x
 
 
 class GaussianMetric:
@@ -338,8 +370,7 @@ class GaussianMetric:
     def start(self, lam, steps=32):
         """The minimiser if the prior were Gaussian, (n, d): for that noise, the Wiener filter.
 
-        By conjugate gradients, preconditioned by :meth:`solve` (Nocedal & Wright, 2006, algorithm
-        5.3), each row by itself.
+        By conjugate gradients, preconditioned by :meth:`solve`, each row by itself.
         """
         return padded(
             lambda y, lam, group: self._conjugate_gradients(y, lam, group, steps),
@@ -352,22 +383,16 @@ class GaussianMetric:
         weight, x = self.weight[group], self.surrogate.mean.expand(len(y), -1)
         affine = self._map(group)
         misfit = torch.where(weight > 0, y - affine.forward(x), 0.0)
-        residual = affine.adjoint(weight * misfit)
-        p = z = self._block(residual, lam, group)
-        size = (residual * z).sum(1)
         # Without the prior H may be singular, and what is left below this is rounding that grows.
-        least = torch.where(lam > 0, 0.0, torch.finfo(size.dtype).eps ** 2 * size)
-        for _ in range(steps):
-            hp = self._apply(p, lam, group, affine)
-            curvature = (p * hp).sum(1)
-            alpha = torch.where((curvature > 0) & (size > least), size / curvature, 0.0)[:, None]
-            x = torch.addcmul(x, alpha, p)
-            residual = torch.addcmul(residual, -alpha, hp)
-            z = self._block(residual, lam, group)
-            new = (residual * z).sum(1)
-            p = torch.addcmul(z, torch.where(size > 0, new / size, 0.0)[:, None], p)
-            size = new
-        return x
+        eps = torch.finfo(y.dtype).eps
+        return conjugate_gradients(
+            lambda v: self._apply(v, lam, group, affine),
+            lambda r: self._block(r, lam, group),
+            x,
+            affine.adjoint(weight * misfit),
+            steps,
+            lambda size: torch.where(lam > 0, 0.0, eps**2 * size),
+        )
 
     def prior_ratio(self, step, change):
         """Curvature of the prior over the surrogate's along steps (k, d), ``s^T y / s^T S s``.
