@@ -165,9 +165,16 @@ def projections(m, seed=0):
     return np.random.default_rng(seed).normal(size=(m, 64)) / 8
 
 
+def exposures(k):
+    """Every pixel ``k`` times, each with its own noise."""
+    return np.tile(np.eye(64), (k, 1))
+
+
 TASKS = {
     "laplace": added(LaplaceNoise(2.0), 2.0 * np.sqrt(2)),
     "laplace, 128 projections": added(LaplaceNoise(2.0), 2.0 * np.sqrt(2), projections(128)),
+    "laplace, 4 exposures": added(LaplaceNoise(2.0), 2.0 * np.sqrt(2), exposures(4)),
+    "laplace, 16 exposures": added(LaplaceNoise(2.0), 2.0 * np.sqrt(2), exposures(16)),
     "student": added(StudentTNoise(1.5, df=3.0), 1.5 * np.sqrt(3)),
     "student, df 2.1": added(StudentTNoise(1.5, df=2.1), 1.5 * np.sqrt(21)),
     "poisson": counts(0.5),
