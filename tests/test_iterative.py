@@ -353,6 +353,25 @@ def test_rows_that_do_not_converge_are_named(monkeypatch):
         op.projector(op.forward(x))(x)  # and nothing is said where there is nothing to say
 
 
+def test_an_mle_that_the_projection_did_not_reach_is_infeasible(monkeypatch):
+    d = 24
+    matrix = with_spectrum(16, d, np.logspace(0, -4, 16))
+    prior = GaussianPrior(np.zeros(d), np.eye(d))
+    Y = np.random.default_rng(0).standard_normal((3, d)) @ matrix.T
+    Y[1] = 0.0
+    model = AIPORegressor(Product(matrix), 0.0, prior=prior)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (model.reconstruct(Y).status == "converged").all()
+    monkeypatch.setattr(_iterative, "_MAX_STEPS", 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the status tells, and row numbers of chunks would not
+        result = model.reconstruct(Y)
+    assert result.status.tolist() == ["infeasible", "converged", "infeasible"]
+    with pytest.warns(ConvergenceWarning, match="explains the measurements of 2 of 3 rows"):
+        model.predict(Y)
+
+
 # --------------------------------------------------------------------------------- the norm
 
 
