@@ -184,6 +184,7 @@ def solve_chunk(problem, y, starts, params=None):
             ) from error
     finally:
         problem.prior.flow_.release_workspaces()
+        problem.noise.release_workspaces()
     # Out here the failed attempt's tensors are gone. Rows do not depend on each other: two halves
     # give what the whole would have.
     if y.is_cuda:
