@@ -677,7 +677,7 @@ def test_measurements_that_cannot_be():
 
     bad = Y.copy()
     bad[1, 2], bad[3, 0] = -2, -1
-    with pytest.raises(ValueError, match=r"counts.*got -2 in row 1 \(2 rows: 1, 3\)"):
+    with pytest.raises(ValueError, match=r"counts.*got -2 in row 1 \(2 rows: 1, 3\).*background="):
         predict(PoissonNoise(), bad)
     bad[1, 2], bad[3, 0] = 0.5, 1
     with pytest.raises(ValueError, match=r"bits, 0 and 1 or -1 and \+1, got 0.5 in row 1"):
@@ -701,6 +701,36 @@ def test_measurements_that_cannot_be():
         PoissonNoise().add_noise(np.array([[0.0, 1.0], [1.0, -1.0]]))
     with pytest.raises(TypeError, match=r"GaussianNoise\(sigma\)\.add_noise"):
         SquaredError().add_noise(Y)
+
+
+def test_counts_that_were_divided_by_the_gain():
+    generator = np.random.default_rng(0)
+    gain, background = np.array([50.0, 20.0, 8.0]), 3.0
+    counts = torch.tensor(generator.poisson(30, size=(6, 3)).astype(float))
+    counts[2, 1] = torch.nan
+    tensor = torch.tensor(gain)
+    for y, how in (
+        (counts / tensor, r"Y \* gain"),
+        ((counts / tensor).float(), r"Y \* gain"),
+        (((counts - background) / tensor).clamp_min(0.0), r"Y \* gain"),
+        (((counts - 0.5) / tensor).clamp_min(0.0), r"Y \* gain \+ background"),
+    ):
+        noise = PoissonNoise(gain, 0.5)
+        with pytest.warns(UserWarning, match=rf"but {how} are, with gain=26: .* pass {how}\."):
+            noise.check_measurements(y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        noise.check_measurements(counts)
+        # Not whole, nor made so by the gain: as they are.
+        for y in (counts / 7, counts + 0.3, counts * torch.rand(6, 3), counts[:1] / tensor):
+            noise.check_measurements(y)
+        PoissonNoise().check_measurements(counts / tensor)
+    # And they have the nll that is documented, zero where the rate is the measurement.
+    y = counts[:2] + 0.25
+    rate = 1.5 * y
+    want = (rate - y - y * (rate / y).log()).sum(1)
+    torch.testing.assert_close(PoissonNoise().nll(rate, y), want)
+    assert PoissonNoise().nll(y, y).abs().max() == 0
 
 
 def test_base_class_of_general_likelihoods_names_what_is_missing():
