@@ -8,7 +8,6 @@ import torch
 from skaipo._validation import to_numpy
 from skaipo.objective import MAPObjective
 from skaipo.solvers import (
-    FEASIBLE,
     STATUS,
     GaussianMetric,
     Method,
@@ -16,8 +15,8 @@ from skaipo.solvers import (
     continuation_path,
     gauss_newton_start,
     gaussian_start,
+    infeasible,
     minimize,
-    misfit,
     mle_start,
     off_centre,
 )
@@ -50,8 +49,9 @@ class Reconstruction:
     status : ndarray of str of shape (n_samples,)
         "converged", "budget" (ran out of evaluations), "stalled" (no step makes progress),
         "diverged" (numbers overflowed and smaller steps did not help) or, at ``lam=0`` and with an
-        operator that is not linear, "infeasible" (no image was found that explains the measurement;
-        the one that comes closest is returned).
+        operator that is not linear, or too ill-conditioned to be solved by its products,
+        "infeasible" (no image was found that explains the measurement; the one that comes closest
+        is returned).
     lam : float
     disagreement : ndarray of shape (n_samples,), or None
         With several starts: root mean square over the pixels, in their units, of the difference
@@ -184,6 +184,7 @@ def solve_chunk(problem, y, starts, params=None):
             ) from error
     finally:
         problem.prior.flow_.release_workspaces()
+        problem.noise.release_workspaces()
     # Out here the failed attempt's tensors are gone. Rows do not depend on each other: two halves
     # give what the whole would have.
     if y.is_cuda:
@@ -290,8 +291,8 @@ def _solutions(problem, objective, start, history):
         before = objective.n_evals.clone()
         evaluation = objective.evaluate(u0)
         status = torch.where(converged, STATUS.index("converged"), STATUS.index("budget"))
-        if objective.noise.is_exact_fit and not objective.op.is_linear:
-            status[misfit(objective, x0) > FEASIBLE] = STATUS.index("infeasible")
+        if objective.noise.is_exact_fit:
+            status[infeasible(objective, x0)] = STATUS.index("infeasible")
         status[~evaluation.finite()] = STATUS.index("diverged")
         solution = Solution(u0, evaluation, torch.zeros_like(y[:, 0]), status, {})
         n_evals = objective.n_evals.clone()

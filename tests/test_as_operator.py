@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from scipy.ndimage import gaussian_filter
 from scipy.sparse.linalg import LinearOperator
 from sklearn.base import clone
 from torch import nn
 
 from skaipo import AIPORegressor, FixedLambdaMAP, GaussianPrior
 from skaipo.noise import GaussianNoise, SquaredError
-from skaipo.operators import Denoising, as_operator
+from skaipo.operators import Denoising, NonlinearOperator, as_operator
 from skaipo.operators._foreign import facts_about
 from skaipo.operators._products import ProductsOperator
 
@@ -369,7 +370,35 @@ REFUSED = {
     "another layout": (
         lambda: lambda x: x @ torch.ones(D, 2),
         ValueError,
-        r"failed on a batch of images of shape \(3, 1, 4, 4\): RuntimeError: .*Pass in_shape",
+        r"failed on a batch of images of shape \(3, 1, 4, 4\): RuntimeError: .*It works on images "
+        r"of shape \(16,\): .*as_operator\(f, in_shape=\(16,\)\)",
+    ),
+    "neither layout": (
+        lambda: lambda x: x @ torch.ones(9, 2),
+        ValueError,
+        r"images of shape \(3, 1, 4, 4\): RuntimeError: .*Pass in_shape.*torch.vmap\(f\)",
+    ),
+    "a ufunc": (lambda: np.sqrt, TypeError, r"op is the numpy function sqrt.*Use torch.sqrt; or"),
+    "a function of numpy": (lambda: np.cumsum, TypeError, "function cumsum.*Use torch.cumsum; or"),
+    "a function of scipy": (
+        lambda: gaussian_filter,
+        TypeError,
+        "the scipy function gaussian_filter.*Use a torch function; or, .*LinearOperator",
+    ),
+    "a ufunc inside": (
+        lambda: lambda x: np.tanh(x),
+        ValueError,
+        r"fn failed on two images .*: it leaves torch for numpy.*torch.sqrt for np.sqrt",
+    ),
+    "fails with a gradient": (
+        lambda: lambda x: x.square() if not x.requires_grad else 1 / 0,
+        ValueError,
+        "ZeroDivisionError: .*It works where no gradient is asked for.",
+    ),
+    "a linear ufunc inside": (
+        lambda: lambda x: np.multiply(x, 2),
+        TypeError,
+        "gives no gradient: write it in torch without leaving torch",
     ),
     "adjoint of another scale": (
         lambda: WrongAdjoint(1.0),
@@ -435,6 +464,49 @@ def test_wrong_shapes():
         bound(f, out_shape=(0, 3))
     with pytest.raises(TypeError, match="this Denoising knows its own"):
         as_operator(Denoising(), in_shape=SHAPE)
+
+
+def mean_of_colours(x):
+    n, height, width, channels = x.shape
+    assert channels == 3, "channels last"
+    return x.mean(-1)
+
+
+@pytest.mark.parametrize("bend", [False, True], ids=["linear", "not linear"])
+def test_functions_of_another_layout_are_told_what_to_do(bend):
+    """What the message says to pass is right: what is measured then is that of the image."""
+    image = np.random.default_rng(0).uniform(0.1, 1.0, (2, 3, 4, 4))
+
+    def last(x):
+        return mean_of_colours(x).square() if bend else mean_of_colours(x)
+
+    def convolve(x):
+        y = nn.functional.conv2d(x, torch.ones(1, 3, 2, 2).to(x))
+        return y.square() if bend else y
+
+    def error(op, shape):
+        with pytest.raises(ValueError) as caught:
+            op.bind(shape)
+        return str(caught.value)
+
+    for make in (as_operator, NonlinearOperator):
+        message = error(make(last), (3, 4, 4))
+        assert "works on images with their channels last, (4, 4, 3)" in message
+        assert "(x.movedim(1, -1))" in message
+        message = error(make(convolve), (48,))
+        assert "works on images of shape (3, 4, 4)" in message and "in_shape=(3, 4, 4))" in message
+        message = error(make(convolve), (30,))
+        assert "vectors of 30 numbers" in message
+        assert "in_shape=(C, H, W)), C * H * W = 30" in message
+    turned = bound(lambda x: last(x.movedim(1, -1)), (3, 4, 4))
+    want = image.mean(1) ** 2 if bend else image.mean(1)
+    assert_allclose(turned(image).reshape(2, 4, 4), want, atol=1e-6)
+    flat = bound(convolve, (48,), in_shape=(3, 4, 4))
+    assert_allclose(flat(image.reshape(2, 48)), bound(convolve, (3, 4, 4))(image).reshape(2, 9))
+    # A shape alone does not turn an image: it would be scrambled.
+    with pytest.raises(ValueError, match=r"in_shape=\(4, 4, 3\) has the axes .* in another order"):
+        bound(last, (3, 4, 4), in_shape=(4, 4, 3))
+    assert bound(lambda x: x[:, :2], in_shape=(4, 4, 1)).n_measurements_ == 8
 
 
 def test_what_no_pickle_takes_is_told():

@@ -185,14 +185,37 @@ def test_what_is_no_prior(build):
 @pytest.mark.parametrize(
     "mask, message",
     [
-        (np.ones((3, M)), "mask must be boolean"),
+        (
+            np.full((3, M), 0.25),
+            r"mask must be boolean, or hold only 0 and 1 .*got dtype float64 .*0.25.*mask > 0.5",
+        ),
+        (np.full((3, M), 2), r"only 0 and 1 \(True: measured\), got dtype int64 .* such as 2"),
+        (torch.full((3, M), torch.nan), r"got dtype torch.float32 .* such as nan.*np.isnan\(Y\)"),
+        (np.full((3, M), "yes"), r"mask must be boolean, .* got dtype <U3"),
         (np.ones((2, M), dtype=bool), r"of the shape of Y, 3 rows of 4 values; got .*\(2, 4\)"),
-        (np.zeros((3, M), dtype=bool), r"mask leaves 3 row\(s\) without a single measured value"),
+        (np.ones(M, dtype=bool), r"got dtype bool of shape \(4,\).*np.broadcast_to\(mask, Y.shape"),
+        # As many values, but in another order.
+        (np.ones((3, 2, 2), dtype=bool), r"of the shape of Y.*got dtype bool of shape \(3, 2, 2\)"),
+        (
+            np.arange(3)[:, None] * np.ones((3, M)) == 1,
+            r"mask leaves 2 row\(s\) without a single measured value: row 0, 2\.",
+        ),
     ],
 )
 def test_mask(build, mask, message):
     with pytest.raises(ValueError, match=message):
         build().reconstruct(Y_GOOD, mask=mask)
+
+
+@pytest.mark.parametrize("kind", [float, np.uint8, torch.tensor], ids=["float", "int", "torch"])
+def test_mask_of_zeros_and_ones(build, kind):
+    mask = np.array([[True, False, True, True], [True] * M, [False, True] * 2])
+    given = torch.tensor(mask).int() if kind is torch.tensor else mask.astype(kind)
+    want = build().reconstruct(np.where(mask, Y_GOOD, np.nan))
+    for Y in (Y_GOOD, np.where(mask, Y_GOOD, 1e6)):
+        got = build().reconstruct(Y, mask=given)
+        np.testing.assert_array_equal(got.x, want.x)
+        assert got.n_observed.tolist() == [3, 4, 2]
 
 
 def test_width_differs_from_what_fit_saw():

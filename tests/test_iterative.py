@@ -1,13 +1,16 @@
 """Operators that only know how to measure: adjoint, projection and norm against the matrix's."""
 
+import warnings
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
 from numpy.testing import assert_allclose
+from sklearn.exceptions import ConvergenceWarning
 
 from skaipo import AIPORegressor, GaussianPrior
-from skaipo.operators import MatrixOperator, Operator
+from skaipo.operators import MatrixOperator, Operator, _iterative
 from skaipo.operators._iterative import ConjugateGradientProjector, power_norm
 
 D = 12
@@ -259,6 +262,114 @@ def test_large_and_ill_conditioned():
     y = dense.forward(randn(3, 400))
     close(op.project(x, y), dense.project(x, y), 1e-6)
     close(op.forward(op.project(x, y)), y, 1e-10)
+
+
+# ------------------------------------------------------------------------- ill-conditioned
+
+
+def with_spectrum(m, d, values, seed=7):
+    """A matrix of shape (m, d) with these singular values."""
+    generator = np.random.default_rng(seed)
+    left, right = (
+        np.linalg.qr(generator.standard_normal((size, len(values))))[0] for size in (m, d)
+    )
+    return (left * values) @ right.T
+
+
+def by_pinv(matrix, x, y, cutoff):
+    inverse = torch.from_numpy(np.linalg.pinv(matrix, rcond=cutoff))
+    return x - (x @ torch.from_numpy(matrix).T - y) @ inverse.T
+
+
+@pytest.mark.parametrize("explained", [True, False], ids=["explained", "any y"])
+@pytest.mark.parametrize("shape", [(30, 40), (40, 40), (60, 40), (120, 160)])
+def test_condition_1e8_against_the_pseudo_inverse(shape, explained):
+    """Where there are no more than 2 min(m, d) + 16 steps, rounding must not cost any."""
+    m, d = shape
+    matrix = with_spectrum(m, d, np.logspace(0, -8, min(m, d)))
+    op = Product(matrix).bind((d,))
+    x, x0 = randn(3, d), randn(3, d)
+    y = op.forward(x0) if explained else randn(3, m)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        project = op.projector(y)
+        out = project(x)
+    close(out, by_pinv(matrix, x, y, 1e-10), 1e-5)
+    assert project.converged.all()
+    if explained:
+        close(op.forward(out), y, 1e-12)
+
+
+@pytest.mark.parametrize("dust", [0.0, 1e-12])
+@pytest.mark.parametrize("shape", [(60, 80), (80, 60)])
+def test_dependent_rows_that_are_ill_conditioned(shape, dust):
+    """Singular values that are rounding count as zero, whatever the measurements say of them."""
+    values = np.r_[np.logspace(0, -4, 20), dust * np.ones(40)]
+    matrix = with_spectrum(*shape, values)
+    op = Product(matrix).bind(shape[1:])
+    x, y = randn(3, shape[1]), randn(3, shape[0])
+    project, expected = op.projector(y), by_pinv(matrix, x, y, 1e-10)
+    out = project(x)
+    close(out, expected, 1e-6)
+    assert project.converged.all()
+    # Nor does the noise grow when what is projected goes on from there.
+    moved = project(out + 1e-3 * project.null(randn(*out.shape)))
+    assert float((moved - out).norm()) < 1e-2 * float(out.norm())
+    measured = (moved - out) @ torch.from_numpy(matrix).T
+    assert float(measured.norm()) < 1e-6 * float(y.norm())
+
+
+def test_units_that_differ_are_no_rounding():
+    """Two instruments, one of which measures in units 1e8 times as large."""
+    matrix = np.r_[FULL[:3], 1e-8 * FULL[3:]]
+    op = Product(matrix).bind((D,))
+    x, y = randn(4, D), op.forward(randn(4, D))
+    out = op.project(x, y)
+    close(out, Product(FULL).bind((D,)).project(x, y * torch.tensor([1.0] * 3 + [1e8] * 2)), 1e-5)
+    close(op.projector(y).null(x), MatrixOperator(FULL).bind((D,)).projector(y).null(x), 1e-5)
+
+
+def test_rows_that_do_not_converge_are_named(monkeypatch):
+    monkeypatch.setattr(_iterative, "_MAX_STEPS", 5)
+    matrix = with_spectrum(40, 50, np.logspace(0, -6, 40))
+    op = Product(matrix).bind((50,))
+    x = randn(4, 50)
+    y = op.forward(x)
+    y[1], y[3] = op.forward(randn(2, 50))
+    project = op.projector(y)
+    with pytest.warns(ConvergenceWarning) as told:
+        out = project(x)
+    assert project.converged.tolist() == [True, False, True, False]
+    left = (op.forward(out) - y).norm(dim=1) / (2 * y.norm(dim=1))
+    message = str(told[0].message)
+    assert "in 5 steps of conjugate gradients for 2 of 4 rows (1, 3)" in message
+    # What it says is left is what is left (relative to all that was added up).
+    said = float(message.split("up to ")[1].split(" of")[0].split(" is")[0])
+    assert 0.3 < said / float(left.max()) < 3
+    assert "MatrixOperator(A)" in message and told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        project(x)  # once is enough
+        op.projector(op.forward(x))(x)  # and nothing is said where there is nothing to say
+
+
+def test_an_mle_that_the_projection_did_not_reach_is_infeasible(monkeypatch):
+    d = 24
+    matrix = with_spectrum(16, d, np.logspace(0, -4, 16))
+    prior = GaussianPrior(np.zeros(d), np.eye(d))
+    Y = np.random.default_rng(0).standard_normal((3, d)) @ matrix.T
+    Y[1] = 0.0
+    model = AIPORegressor(Product(matrix), 0.0, prior=prior)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (model.reconstruct(Y).status == "converged").all()
+    monkeypatch.setattr(_iterative, "_MAX_STEPS", 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the status tells, and row numbers of chunks would not
+        result = model.reconstruct(Y)
+    assert result.status.tolist() == ["infeasible", "converged", "infeasible"]
+    with pytest.warns(ConvergenceWarning, match="explains the measurements of 2 of 3 rows"):
+        model.predict(Y)
 
 
 # --------------------------------------------------------------------------------- the norm

@@ -21,7 +21,7 @@ from skaipo import (
     FlowPrior,
     GaussianPrior,
 )
-from skaipo.flows import RealNVP
+from skaipo.flows import Glow, RealNVP
 from skaipo.noise import (
     BernoulliNoise,
     CorrelatedGaussianNoise,
@@ -32,6 +32,7 @@ from skaipo.noise import (
     PoissonNoise,
     SquaredError,
     StudentTNoise,
+    _gaussian,
 )
 from skaipo.operators import Denoising, Inpainting, MatrixOperator
 
@@ -133,6 +134,59 @@ def test_correlated_gaussian_and_its_marginals():
     torch.testing.assert_close(
         diagonal.nll(prediction, y, observed), GaussianNoise(SCALES).nll(prediction, y, observed)
     )
+
+
+def many_patterns(n=200, m=200):
+    """Rows that each miss entries of their own, some of them most; the last two are alike."""
+    generator = np.random.default_rng(0)
+    distance = np.abs(np.arange(m)[:, None] - np.arange(m))
+    covariance = np.exp(-distance / 10) + 0.1 * np.eye(m)
+    observed = generator.random((n, m)) > generator.uniform(0.05, 0.95, (n, 1))
+    observed[0], observed[1], observed[-1] = False, True, observed[-2]
+    prediction, y = generator.standard_normal((2, n, m))
+    return covariance, *(torch.from_numpy(t) for t in (prediction, y, observed))
+
+
+@pytest.mark.parametrize("kept", [2**28, 10**6], ids=["cached", "too large to cache"])
+def test_marginals_of_many_patterns(monkeypatch, kept):
+    """Values and gradients are those of each pattern's own factorisation, by numpy."""
+    monkeypatch.setattr(_gaussian, "_KEPT", kept)
+    covariance, prediction, y, observed = many_patterns()
+    cholesky, calls = torch.linalg.cholesky, []
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda a: calls.append(1) or cholesky(a))
+    noise = CorrelatedGaussianNoise(covariance).bind(len(covariance))
+
+    def evaluate(rows=slice(None)):
+        point = prediction[rows].clone().requires_grad_()
+        value = noise.nll(point, y[rows], observed[rows])
+        return value.detach(), torch.autograd.grad(value.sum(), point)[0]
+
+    values, gradients = evaluate()
+    for k, seen in enumerate(observed.numpy()):
+        residual = (y - prediction)[k].numpy()[seen]
+        pull = np.linalg.solve(covariance[np.ix_(seen, seen)], residual)
+        assert values[k].item() == pytest.approx(residual @ pull / 2, rel=1e-10, abs=1e-300)
+        np.testing.assert_allclose(gradients[k][seen], -pull, rtol=1e-9, atol=1e-10)
+        assert (gradients[k][~seen] == 0).all()
+    assert len(calls) < 40
+    first = len(calls)
+    # Other rows in other orders, some of them new to it, and rows alone: the same bits.
+    for rows in ([7], [150, 3, 4, 199], list(range(0, 200, 3)), [198, 199, 0, 1]):
+        value, gradient = evaluate(rows)
+        assert torch.equal(value, values[rows]) and torch.equal(gradient, gradients[rows])
+    assert (len(calls) == first) == (kept > 10**6)
+
+
+def test_marginals_in_single_precision_do_not_underflow():
+    """A whitening matrix decays below what float32 holds, and that is slow, not small."""
+    covariance, prediction, y, observed = many_patterns(m=400)
+    noise = CorrelatedGaussianNoise(covariance).bind(400)
+    want = noise.nll(prediction, y, observed)
+    got = noise.nll(prediction.float(), y.float(), observed)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    patterns = observed[2:5].numpy()
+    made = noise._make_whiteners(patterns, 400, torch.zeros(1))
+    assert (made[made != 0].abs() > 1e-25).all() and (made == 0).any()
 
 
 @pytest.mark.parametrize("flow", [FLOW, FlowPrior(flow=FLOW)], ids=["flow", "prior"])
@@ -548,6 +602,36 @@ def test_flow_noise_leaves_the_flow_as_it_is():
     assert all(p.requires_grad and p.grad is None for p in flow.parameters())
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_flow_noise_lets_go_of_its_workspaces(trainable):
+    """What a solve leaves behind is the weights: not the memory that the evaluations took."""
+    flow = random_flow(Glow, (1, 4, 4)).requires_grad_(trainable)
+    noise = FlowNoise(flow)
+    prior = GaussianPrior(np.zeros(16), np.eye(16), event_shape=(1, 4, 4))
+    bound = noise.bind(16)
+    y = torch.zeros(5, 16, dtype=torch.float64)
+    before = bound.nll(y + 0.1, y)
+    evaluator = bound._evaluator(y)
+    assert any(evaluator._idle.values())
+    bound.release_workspaces()
+    assert not any(evaluator._idle.values())
+    torch.testing.assert_close(bound.nll(y + 0.1, y), before, rtol=0, atol=0)
+
+    made = []
+
+    class Watched(FlowNoise):
+        def bind(self, n_measurements):
+            made.append(super().bind(n_measurements))
+            return made[-1]
+
+    model = AIPORegressor(Denoising(), prior=prior, noise=Watched(flow), max_evals=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.predict(noise.add_noise(np.zeros((3, 16))))
+    used = [kept[1] for one in made for kept in one._cache.values() if len(kept) == 2]
+    assert used and not any(any(evaluator._idle.values()) for evaluator in used)
+
+
 # ---------------------------------------------------------------------------------- errors
 
 
@@ -593,7 +677,7 @@ def test_measurements_that_cannot_be():
 
     bad = Y.copy()
     bad[1, 2], bad[3, 0] = -2, -1
-    with pytest.raises(ValueError, match=r"counts.*got -2 in row 1 \(2 rows: 1, 3\)"):
+    with pytest.raises(ValueError, match=r"counts.*got -2 in row 1 \(2 rows: 1, 3\).*background="):
         predict(PoissonNoise(), bad)
     bad[1, 2], bad[3, 0] = 0.5, 1
     with pytest.raises(ValueError, match=r"bits, 0 and 1 or -1 and \+1, got 0.5 in row 1"):
@@ -617,6 +701,36 @@ def test_measurements_that_cannot_be():
         PoissonNoise().add_noise(np.array([[0.0, 1.0], [1.0, -1.0]]))
     with pytest.raises(TypeError, match=r"GaussianNoise\(sigma\)\.add_noise"):
         SquaredError().add_noise(Y)
+
+
+def test_counts_that_were_divided_by_the_gain():
+    generator = np.random.default_rng(0)
+    gain, background = np.array([50.0, 20.0, 8.0]), 3.0
+    counts = torch.tensor(generator.poisson(30, size=(6, 3)).astype(float))
+    counts[2, 1] = torch.nan
+    tensor = torch.tensor(gain)
+    for y, how in (
+        (counts / tensor, r"Y \* gain"),
+        ((counts / tensor).float(), r"Y \* gain"),
+        (((counts - background) / tensor).clamp_min(0.0), r"Y \* gain"),
+        (((counts - 0.5) / tensor).clamp_min(0.0), r"Y \* gain \+ background"),
+    ):
+        noise = PoissonNoise(gain, 0.5)
+        with pytest.warns(UserWarning, match=rf"but {how} are, with gain=26: .* pass {how}\."):
+            noise.check_measurements(y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        noise.check_measurements(counts)
+        # Not whole, nor made so by the gain: as they are.
+        for y in (counts / 7, counts + 0.3, counts * torch.rand(6, 3), counts[:1] / tensor):
+            noise.check_measurements(y)
+        PoissonNoise().check_measurements(counts / tensor)
+    # And they have the nll that is documented, zero where the rate is the measurement.
+    y = counts[:2] + 0.25
+    rate = 1.5 * y
+    want = (rate - y - y * (rate / y).log()).sum(1)
+    torch.testing.assert_close(PoissonNoise().nll(rate, y), want)
+    assert PoissonNoise().nll(y, y).abs().max() == 0
 
 
 def test_base_class_of_general_likelihoods_names_what_is_missing():

@@ -288,6 +288,28 @@ def test_what_no_image_explains_is_infeasible():
     assert np.abs(r[[0, 2]]).max() < 1e-3 and abs(r[1, 0] + 0.5) < 0.1
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("squared", [True, False])
+def test_measurements_of_zero_are_explained_in_the_operators_units(squared, unit):
+    """Of a residual relative to ``||y|| = 0`` nothing would ever be small enough."""
+    covariance = unit**2 * np.diag(np.linspace(0.5, 2.0, D))
+    prior = GaussianPrior(unit * np.ones(D), covariance)
+    op = PhaseRetrieval(MATRIX, squared=squared)
+    Y = op(prior.sample(3, random_state=0))
+    Y[0], Y[2] = 0.0, -np.abs(Y[2])  # an image of the null space, and what no image explains
+    noise = GaussianNoise(0.1 * unit ** (1 + squared))
+    result = AIPORegressor(op, 0.0, prior=prior, noise=noise, max_evals=300).reconstruct(Y)
+    assert (result.status != "infeasible").tolist() == [True, True, False]
+    assert np.linalg.norm(op(result.x)[0]) < 1e-6 * np.linalg.norm(Y[1])
+
+
+def test_zero_that_is_out_of_reach_is_infeasible():
+    prior = gaussian_prior(D)
+    op = NonlinearOperator(lambda x: x.square() + 0.01)
+    model = AIPORegressor(op, 0.0, prior=prior, noise=GaussianNoise(0.1), max_evals=100)
+    assert model.reconstruct(np.zeros((1, D))).status.tolist() == ["infeasible"]
+
+
 @pytest.mark.parametrize("name", ["bent", "magnitude"])
 def test_a_path_begins_at_zero(name):
     from skaipo import aipo_path

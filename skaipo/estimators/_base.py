@@ -19,6 +19,7 @@ from skaipo._reconstruct import Problem, Reconstruction, solve_chunk
 from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
 from skaipo.flows._foreign import is_flow
 from skaipo.noise import GaussianNoise, as_noise
+from skaipo.noise._base import named_rows
 from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
 from skaipo.operators._base import ShortRepr
@@ -71,21 +72,36 @@ def is_learnt(op):
     return hasattr(op, "learn")
 
 
-def _masked(y, mask):
-    if not isinstance(mask, torch.Tensor):
-        mask = np.asarray(mask)
-        if mask.dtype != bool:
-            raise ValueError(f"mask must be boolean (True: measured), got dtype {mask.dtype}.")
-        mask = to_tensor(mask)
-    if mask.dtype != torch.bool or mask.numel() != y.numel() or len(mask) != len(y):
+def _masked(y, mask, shapes):
+    """Measurements (n, m) with NaN where a mask is False; ``shapes`` are those of one."""
+    values = mask if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    wanted = "mask must be boolean, or hold only 0 and 1 (True: measured)"
+    name = f"dtype {values.dtype}"
+    if not isinstance(values, torch.Tensor):
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"{wanted}, got {name}.")
+        values = to_tensor(values)
+    other = values[(values != 0) & (values != 1)]
+    if other.numel():
+        raise ValueError(
+            f"{wanted}, got {name} with other values, such as {other[0].item():g}. Did you mean "
+            f"mask > 0.5, or ~np.isnan(Y)?"
+        )
+    if len(values.shape) < 2 or len(values) != len(y) or tuple(values.shape[1:]) not in shapes:
+        hint = ""
+        if tuple(values.shape) in shapes:
+            hint = " For the same mask in every row pass np.broadcast_to(mask, Y.shape)."
         raise ValueError(
             f"mask must be boolean and of the shape of Y, {len(y)} rows of {y.shape[1]} values; "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}."
+            f"got {name} of shape {tuple(values.shape)}.{hint}"
         )
-    y = torch.where(mask.reshape(y.shape).to(y.device), y, torch.nan)
-    empty = int(y.isnan().all(1).sum())
+    y = torch.where(values.reshape(y.shape).to(y.device) == 1, y, torch.nan)
+    empty = y.isnan().all(1).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"mask leaves {empty} row(s) without a single measured value.")
+        raise ValueError(
+            f"mask leaves {len(empty)} row(s) without a single measured value: row "
+            f"{named_rows(empty)}. Drop these rows."
+        )
     return y
 
 
@@ -320,7 +336,9 @@ class Reconstructor(ShortRepr, BaseEstimator):
             device=device,
             dtype=dtype,
         )
-        return y if mask is None else _masked(y, mask), layout, shape
+        if mask is not None:
+            y = _masked(y, mask, {(y.shape[1],), shape, op.measurement_shape_})
+        return y, layout, shape
 
     def _target(self):
         return check_lam(self.lam)
@@ -462,7 +480,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         ----------
         Y : array-like or torch.Tensor of shape (n_samples, m) or (n_samples, *event_shape)
             Measurements; NaN where nothing was measured.
-        mask : array-like of bool of the shape of Y, default=None
+        mask : array-like of bool (or 0/1) of the shape of Y, default=None
             False where a value of ``Y`` is to be ignored, as if it were NaN.
         history : bool, default=False
             Record lambda and objective after each evaluation.

@@ -37,7 +37,7 @@ class Regressor(RegressorMixin, Reconstructor):
         ----------
         Y : array-like or torch.Tensor of shape (n_samples, m) or (n_samples, *event_shape)
             Measurements; NaN where nothing was measured.
-        mask : array-like of bool of the shape of Y, default=None
+        mask : array-like of bool (or 0/1) of the shape of Y, default=None
             False where a value of ``Y`` is to be ignored, as if it were NaN.
         checkpoint : path-like, default=None
             Directory that keeps the finished chunks of rows, so that the same call goes on there
@@ -312,7 +312,7 @@ class AIPOTransformer(
         ----------
         Y : array-like or torch.Tensor of shape (n_samples, m)
             Measurements; NaN where nothing was measured.
-        mask : array-like of bool of the shape of Y, default=None
+        mask : array-like of bool (or 0/1) of the shape of Y, default=None
             False where a value of ``Y`` is to be ignored, as if it were NaN.
         checkpoint : path-like, default=None
             Directory that keeps the finished chunks of rows, so that the same call goes on there

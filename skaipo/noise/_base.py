@@ -268,6 +268,9 @@ class NoiseModel(ShortRepr, BaseEstimator, ABC):
             return torch.from_numpy(noisy).to(Y.device, dtype)
         return noisy.astype(clean.dtype if clean.dtype.kind == "f" else np.float64, copy=False)
 
+    def release_workspaces(self):
+        """Let go of the memory that is kept for the next ``nll``; by default there is none."""
+
     def _draw(self, clean, rng):
         """Noisy measurements of clean ones (n, m), float64, from a ``RandomState``.
 

@@ -1,6 +1,7 @@
 """Measurements that are counted: photons, and signs."""
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -10,12 +11,23 @@ from skaipo.noise._base import Likelihood, refuse_rows
 __all__ = ["BernoulliNoise", "PoissonNoise"]
 
 
+# Fractional measurements from which on it is no accident that they are whole after scaling.
+_ENOUGH = 8
+
+
 class PoissonNoise(Likelihood):
     """Counts: ``y ~ Poisson(gain * f(x) + background)``.
 
     With the rate ``r = gain * f(x) + background``, ``nll = sum r - y - y log(r / y)``, which is
     ``-log p(y | r)`` in nats up to a constant, and zero where ``r = y``. The measurements are the
     counts themselves; divide them by ``gain`` for a look in the units of the image.
+
+    Numbers that are not whole are taken as they are: the nll is defined for them as well. Its
+    weight is right where they are counts but for a small error. For counts that were divided by
+    something it is not, since the variance of those is not their mean: multiply them by it again
+    (sums of k exposures, not means, with ``k * gain`` and ``k * background``). Where all
+    measurements times ``gain`` are whole, the background added or not, and the measurements are
+    not, a warning says so.
 
     A rate cannot be negative, but an iterate's may be. Below ``floor`` the nll goes on as its
     second-order Taylor expansion there, with ``1 / floor`` added to the curvature: finite
@@ -68,11 +80,35 @@ class PoissonNoise(Likelihood):
         return self._values(name, sign=sign, per_entry=name != "floor")
 
     def check_measurements(self, y):
-        """Refuse negative counts.
+        """Refuse negative counts; warn of counts that were divided by the gain.
 
         See :meth:`NoiseModel.check_measurements`.
         """
-        refuse_rows(y < 0, y, "PoissonNoise expects counts, which are at least 0")
+        hint = " If a background was subtracted leave it in, and say PoissonNoise(background=...)."
+        refuse_rows(y < 0, y, "PoissonNoise expects counts, which are at least 0", hint)
+        gain, background = self._tensor("gain", y), self._tensor("background", y)
+        for scaled, how in (
+            (y * gain, "Y * gain"),
+            (y * gain + background, "Y * gain + background"),
+        ):
+            if self._were_counts(y, scaled):
+                warnings.warn(
+                    f"PoissonNoise expects the counts themselves. These measurements are not whole "
+                    f"numbers (the largest is {float(y[~y.isnan()].max()):g}), but {how} are, with "
+                    f"gain={float(gain.mean()):g}: if they were counted, pass {how}.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                return
+
+    @staticmethod
+    def _were_counts(y, scaled):
+        """Whether all of ``scaled`` are whole numbers, to single precision, and ``y`` are not."""
+        error = 4 * torch.finfo(torch.float32).eps * scaled.abs()
+        telling = (error < 0.05) & (y != y.round())
+        whole = (scaled - scaled.round()).abs() <= error
+        seen = ~y.isnan() & (error < 0.05)
+        return int((telling & seen).sum()) >= _ENOUGH and bool(whole[seen].all())
 
     def _terms(self, prediction, y):
         rate = self._tensor("gain", y) * prediction + self._tensor("background", y)

@@ -93,6 +93,12 @@ class FlowNoise(Likelihood):
             cache[key] = flow, ours.compile_for_inference()
         return cache[key][1]
 
+    def release_workspaces(self):
+        """Let go of the memory that the flow's evaluator keeps for its next call."""
+        for key, kept in self.__dict__.get("_cache", {}).items():
+            if key != "moments":
+                kept[1].release()
+
     def check_measurements(self, y):
         """Refuse rows with missing entries.
 

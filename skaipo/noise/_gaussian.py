@@ -1,5 +1,7 @@
 """Gaussian noise: one standard deviation, one for each measurement, or a whole covariance."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -99,8 +101,12 @@ class GaussianNoise(NoiseModel):
         return clean + self._parameter("sigma") * rng.standard_normal(clean.shape)
 
 
-# Whitening matrices of patterns of missing entries that are kept, in bytes.
-_KEPT = 2**28
+# Whitening matrices of patterns of missing entries: what is kept of them, and how many are worked
+# on at once, in bytes.
+_KEPT, _AT_ONCE = 2**28, 2**23
+# Their sizes, and the rows that share one, go up to a multiple of this: what is computed for a row
+# is then the same, whichever other patterns and rows there are (see skaipo._padding).
+_STEP = 16
 
 
 class CorrelatedGaussianNoise(Likelihood):
@@ -108,8 +114,9 @@ class CorrelatedGaussianNoise(Likelihood):
 
     In nats, without the constant ``(m log(2 pi) + log det C) / 2``. ``C^-1`` is applied through the
     inverse of its Cholesky factor. Where measurements are missing it is the marginal of those that
-    are there: the part of ``C`` that belongs to them is factorised by itself, once for each pattern
-    of missing entries.
+    are there: the part of ``C`` that belongs to them is factorised, once for each pattern of
+    missing entries, many patterns at a time. (Up to 256 MB of factors are kept; others are made
+    again.)
 
     Parameters
     ----------
@@ -187,38 +194,86 @@ class CorrelatedGaussianNoise(Likelihood):
     def _check(self):
         self._matrix()
 
-    def _whitener(self, seen, like):
-        """``W`` with ``W^T W`` the inverse covariance of the entries of a mask (None: all)."""
-        matrix, factor = self._matrix()
+    def _whitener(self, like):
+        """``W`` with ``W^T W`` the inverse covariance."""
+        factor = self._matrix()[1]
         # Where the covariance was replaced, _matrix has emptied it.
-        cache = self._cache
-        key = None if seen is None else seen.tobytes(), like.device, like.dtype
-        if key not in cache:
-            if seen is not None:
-                factor = np.linalg.cholesky(matrix[np.ix_(seen, seen)])
-            inverse = np.linalg.inv(factor) if len(factor) else factor
+        key = like.device, like.dtype
+        if key not in self._cache:
             with torch.inference_mode(False):
-                whitener = torch.from_numpy(np.tril(inverse)).to(like.device, like.dtype)
-            size = whitener.nbytes + sum(w.nbytes for w in cache.values() if torch.is_tensor(w))
-            if seen is not None and size > _KEPT:
-                return whitener
-            cache[key] = whitener
-        return cache[key]
+                whitener = torch.from_numpy(np.tril(np.linalg.inv(factor)))
+                self._cache[key] = _without_dust(whitener, like)
+        return self._cache[key]
+
+    def _whiteners(self, patterns, size, like):
+        """``W`` (p, s, s) of the entries in patterns (p, m) of at most ``size`` observed ones."""
+        self._matrix()
+        # What is known of each pattern: the batch that it was made in, and its place there.
+        known = self._cache.setdefault(("patterns", size, like.device, like.dtype), {})
+        names = [np.packbits(pattern).tobytes() for pattern in patterns]
+        found = dict(known)
+        new = [k for k, name in enumerate(names) if name not in known]
+        if new:
+            made = self._make_whiteners(patterns[new], size, like)
+            found |= {names[k]: (made, i) for i, k in enumerate(new)}
+            kept = self._cache.get("kept", 0) + made.nbytes
+            if kept <= _KEPT:
+                self._cache["kept"] = kept
+                known |= found
+        batches, places = zip(*(found[name] for name in names), strict=True)
+        first = places[0]
+        together = all(batch is batches[0] for batch in batches)
+        if together and places == tuple(range(first, first + len(places))):
+            return batches[0][first : first + len(places)]
+        return torch.stack([batch[i] for batch, i in zip(batches, places, strict=True)])
+
+    def _make_whiteners(self, patterns, size, like):
+        # mps has no float64
+        device = "cpu" if like.device.type == "mps" else like.device
+        with torch.inference_mode(False), torch.no_grad():
+            columns = torch.from_numpy(_columns(patterns, size)).to(device)
+            matrix = torch.from_numpy(self._matrix()[0]).to(device)
+            # Beyond the observed entries an identity, which only ever meets zeros.
+            matrix = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
+            part = matrix[columns[:, :, None], columns[:, None, :]]
+            part.diagonal(dim1=1, dim2=2).add_(columns == len(matrix) - 1)
+            eye = torch.eye(size, dtype=part.dtype, device=device).expand_as(part)
+            factor = torch.linalg.cholesky(part)
+            whiteners = torch.linalg.solve_triangular(factor, eye, upper=False)
+            return _without_dust(whiteners, like)
+
+    def _blocks(self, observed, like):
+        """Rows of alike patterns of observed entries (n, m), as blocks of patterns to work on.
+
+        Yields ``(rows, once, columns, whiteners)``: pattern i has ``rows[i]`` (g,), some of them
+        repeatedly but ``once``, and its observed entries are ``columns[i]`` (s,).
+        """
+        observed = observed.cpu().numpy()
+        _, which, counts = np.unique(
+            np.packbits(observed, axis=1), axis=0, return_inverse=True, return_counts=True
+        )
+        order, ends = np.argsort(which.reshape(-1), kind="stable"), np.cumsum(counts)
+        starts = ends - counts
+        patterns = observed[order[starts]]
+        sizes = _STEP * np.maximum(1, -(-patterns.sum(1) // _STEP))
+        widths = np.maximum(_STEP, 2 ** np.ceil(np.log2(counts)).astype(int))
+        for size, width in sorted(set(zip(sizes.tolist(), widths.tolist(), strict=True))):
+            members = np.flatnonzero((sizes == size) & (widths == width))
+            at_once = max(1, _AT_ONCE // (size**2 * like.element_size()))
+            for part in np.split(members, range(at_once, len(members), at_once)):
+                slot = np.arange(width)
+                rows = order[np.minimum(starts[part, None] + slot, ends[part, None] - 1)]
+                once = slot < counts[part, None]
+                columns = _columns(patterns[part], size)
+                tensors = (torch.from_numpy(t).to(like.device) for t in (rows, once, columns))
+                yield *tensors, self._whiteners(patterns[part], size, like)
 
     def _nll(self, prediction, y, observed):
         residual = y - prediction
         if observed is None or bool(observed.all()):
-            return _half_square(residual, self._whitener(None, residual))
-        patterns, group = torch.unique(
-            observed.expand_as(residual), dim=0, return_inverse=True, sorted=True
-        )
-        rows, values = [], []
-        for k, seen in enumerate(patterns):
-            index = (group == k).nonzero().flatten()
-            whitener = self._whitener(seen.cpu().numpy(), residual)
-            rows.append(index)
-            values.append(_half_square(residual[index][:, seen], whitener))
-        return torch.cat(values)[torch.cat(rows).argsort()]
+            whitener = self._whitener(residual)
+            return padded(lambda r: (r @ whitener.T).square().sum(1) / 2, residual)
+        return _Marginals.apply(residual, observed.expand_as(residual), self)
 
     def max_curvature(self):
         # (The marginals' are no larger.)
@@ -229,13 +284,55 @@ class CorrelatedGaussianNoise(Likelihood):
 
         ``y``, and the diagonal of ``C^-1``; see :meth:`NoiseModel.gaussian_fit`.
         """
-        whitener = self._bound_to(y.shape[1])._whitener(None, y)
+        whitener = self._bound_to(y.shape[1])._whitener(y)
         return y, whitener.square().sum(0).expand_as(y)
 
     def _draw(self, clean, rng):
         return clean + rng.standard_normal(clean.shape) @ self._matrix()[1].T
 
 
-def _half_square(residual, whitener):
-    """``||W r||^2 / 2`` of each row, by itself."""
-    return padded(lambda r: (r @ whitener.T).square().sum(1) / 2, residual)
+class _Marginals(torch.autograd.Function):
+    """``|W r|^2 / 2`` (n,) of the observed entries of each row ``r``."""
+
+    @staticmethod
+    def forward(ctx, residual, observed, noise):
+        value = torch.zeros_like(residual[:, 0])
+        # The last column stands in for what some patterns have less than others.
+        padded_residual = torch.nn.functional.pad(residual, (0, 1))
+        gradient = torch.zeros_like(padded_residual)
+        for rows, once, columns, whiteners in noise._blocks(observed, residual):
+            where = rows[:, :, None], columns[:, None, :]
+            white = torch.bmm(padded_residual[where], whiteners.mT)
+            value[rows[once]] = white.square().sum(2)[once] / 2
+            if ctx.needs_input_grad[0]:
+                where = rows[once][:, None], columns[once.nonzero()[:, 0]]
+                gradient[where] = torch.bmm(white, whiteners)[once]
+        gradient = gradient[:, :-1]
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return grad[:, None] * gradient, None, None
+
+
+def _without_dust(whiteners, like):
+    """In the dtype and on the device of ``like``, with zeros where nothing is but underflow.
+
+    Far from its diagonal a whitening matrix often decays to numbers on which processors are ten
+    times slower.
+    """
+    dust = math.sqrt(torch.finfo(like.dtype).tiny) * float(whiteners.abs().max())
+    return whiteners.masked_fill(whiteners.abs() < dust, 0.0).to(like.device, like.dtype)
+
+
+def _columns(patterns, size):
+    """Indices (p, size) of the entries observed in patterns (p, m), filled up with ``m``."""
+    order = np.argsort(~patterns, axis=1, kind="stable")
+    order[np.take_along_axis(~patterns, order, axis=1)] = patterns.shape[1]
+    filled = np.full((len(patterns), size), patterns.shape[1])
+    width = min(size, patterns.shape[1])
+    filled[:, :width] = order[:, :width]
+    return filled

@@ -240,12 +240,19 @@ class Operator(RowParameters, ShortRepr, BaseEstimator, ABC):
             zero = torch.zeros(
                 len(y), self.n_features_in_, dtype=y.dtype, device=y.device, requires_grad=True
             )
-            out = self.forward(zero)
-            if not out.requires_grad:
+            try:
+                out = self.forward(zero)
+                reason = None
+            except RuntimeError as error:
+                # Torch's own advice, to detach, is of no help here.
+                if "numpy()" not in str(error):
+                    raise
+                reason = error
+            if reason is not None or not out.requires_grad:
                 raise TypeError(
                     f"{type(self).__name__}.forward gives no gradient: write it in torch without "
                     "leaving torch (no numpy, no detach), or write adjoint as well."
-                )
+                ) from reason
             (x,) = torch.autograd.grad(out, zero, y, create_graph=twice)
         return x
 

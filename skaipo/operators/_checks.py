@@ -1,8 +1,19 @@
 """What a foreign operator must keep: tried once on a few random images, before it is relied on."""
 
+import math
+
+import numpy as np
 import torch
 
-__all__ = ["check_adjoint", "check_measures", "is_linear", "probe", "worst"]
+__all__ = [
+    "check_adjoint",
+    "check_measures",
+    "is_linear",
+    "layout_hint",
+    "probe",
+    "refuse_numpy",
+    "worst",
+]
 
 # Two sizes of images: what saturates looks linear to the small ones.
 _SIZES = (1.0, 1e3)
@@ -73,6 +84,88 @@ def check_measures(name, measure, x, tolerance):
             "module with batch normalisation, and take no mean over the batch."
         )
     return y
+
+
+def refuse_numpy(what, obj):
+    """Raise a TypeError for a function of numpy or scipy, which leaves torch and its gradients."""
+    library = str(getattr(type(obj) if isinstance(obj, np.ufunc) else obj, "__module__", ""))
+    library = library.partition(".")[0]
+    name = getattr(obj, "__name__", None)
+    if library not in ("numpy", "scipy") or isinstance(obj, type) or name is None:
+        return
+    instead = f"torch.{name}" if callable(getattr(torch, name, None)) else "a torch function"
+    raise TypeError(
+        f"{what} is the {library} function {name}, which takes arrays out of torch and has no "
+        f"gradient. Use {instead}; or, if it is linear, a scipy.sparse.linalg.LinearOperator of it "
+        f"and of its transpose (matvec, rmatvec)."
+    )
+
+
+def layout_hint(function, x, shape, name="f"):
+    """What to do about a function that fails on images, found by trying other layouts of them.
+
+    Parameters
+    ----------
+    function : callable
+        Takes batches of images.
+    x : Tensor, shape (n, d)
+    shape : tuple of int
+        Of the images that it failed on.
+    name : str, default="f"
+        What the hint calls the function.
+
+    Returns
+    -------
+    str
+        A sentence or two.
+    """
+
+    def works(images):
+        for dtype in (x.dtype, torch.float32):
+            try:
+                with torch.no_grad():
+                    out = function(images.to(dtype))
+            except Exception:
+                continue
+            if isinstance(out, torch.Tensor) and out.ndim > 0 and len(out) == len(x):
+                return True
+        return False
+
+    n, d = x.shape
+    if works(x.reshape(n, *shape)):
+        return "It works where no gradient is asked for."
+    if len(shape) == 3 and works(x.reshape(n, *shape).movedim(1, -1)):
+        channels, height, width = shape
+        return (
+            f"It works on images with their channels last, {(height, width, channels)}, and those "
+            f"here have them first: pass a function that turns them, lambda x: "
+            f"{name}(x.movedim(1, -1)), and turns back what it makes, .movedim(-1, 1), if it is an "
+            f"image."
+        )
+    side, third = math.isqrt(d), math.isqrt(d // 3)
+    others = {(1, *shape)} if len(shape) == 2 else set()
+    if len(shape) > 1:
+        others |= {(d,), tuple(size for size in shape if size != 1) or (1,)}
+    elif side * side == d:
+        others |= {(1, side, side), (side, side)}
+    elif 3 * third * third == d:
+        others |= {(3, third, third)}
+    for other in sorted(others - {shape}, key=len, reverse=True):
+        if works(x.reshape(n, *other)):
+            return (
+                f"It works on images of shape {other}: if they are of that shape, pass "
+                f"as_operator({name}, in_shape={other})."
+            )
+    if len(shape) == 1:
+        return (
+            f"The images (the prior's) are vectors of {d} numbers. Where {name} wants images say "
+            f"of which shape: as_operator({name}, in_shape=(C, H, W)), C * H * W = {d}; or give "
+            f"the prior that event_shape. Where it takes a single image pass torch.vmap({name})."
+        )
+    return (
+        f"Pass in_shape, as_operator({name}, in_shape=...), where it takes images of another shape "
+        f"than the prior's, and torch.vmap({name}) where {name} takes a single image."
+    )
 
 
 def is_linear(measure, x, tolerance):

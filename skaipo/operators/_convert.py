@@ -5,6 +5,7 @@ import scipy.sparse as sp
 import torch
 
 from skaipo.operators._base import Operator
+from skaipo.operators._checks import refuse_numpy
 from skaipo.operators._linear import MatrixOperator
 from skaipo.operators._products import ProductsOperator
 from skaipo.operators._torch import PhysicsOperator, TorchOperator
@@ -28,7 +29,9 @@ def as_operator(obj, in_shape=None, out_shape=None):
           from images (n, \\*in_shape) to measurements (n, \\*out_shape). If it is not linear it
           becomes a ``NonlinearOperator``.
     in_shape : tuple of int, default=None
-        Shape of one image as ``obj`` takes it, where that is not the prior's.
+        Shape of one image as ``obj`` takes it, where that is not the prior's: ``(C, H, W)`` for a
+        prior of vectors. Images are reshaped, never transposed; for a function that wants channels
+        last pass ``lambda x: f(x.movedim(1, -1))``.
     out_shape : tuple of int, default=None
         Shape of one measurement. Default: what ``obj`` says or returns in a dry run.
 
@@ -57,6 +60,7 @@ def as_operator(obj, in_shape=None, out_shape=None):
     >>> op.bind((3,)).adjoint(torch.tensor([[1.0, 0.0, 0.0]]))
     tensor([[1., 0., 0.]])
     """
+    refuse_numpy("op", obj)
     is_array = isinstance(obj, np.ndarray | torch.Tensor) or sp.issparse(obj)
     made = None
     if isinstance(obj, Operator) or (is_array and obj.ndim == 2):

@@ -76,6 +76,14 @@ class ForeignOperator(Operator):
                 f"({math.prod(self.in_shape_)} features), but the images (the prior's) have shape "
                 f"{self.event_shape_} ({self.n_features_in_} features)."
             )
+        ours, theirs = (_squeezed(shape) for shape in (self.event_shape_, self.in_shape_))
+        if ours != theirs and sorted(ours) == sorted(theirs):
+            raise ValueError(
+                f"in_shape={self.in_shape_} has the axes of the images (the prior's), "
+                f"{self.event_shape_}, in another order. They are reshaped, not turned, which "
+                f"would scramble them: leave in_shape out and turn them in the function, for "
+                f"channels last lambda x: f(x.movedim(1, -1))."
+            )
         out_shape = None if self.out_shape is None else as_shape("out_shape", self.out_shape)
         known = facts_about(self.obj)
         key = (type(self).__name__, self.in_shape_, out_shape, self._identity())
@@ -148,6 +156,10 @@ def as_shape(name, shape):
     if not shape or min(shape) < 1:
         raise ValueError(f"{name} must hold positive sizes, got {shape}.")
     return shape
+
+
+def _squeezed(shape):
+    return tuple(size for size in shape if size != 1)
 
 
 def facts_about(obj):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from skaipo.operators._base import Operator
+from skaipo.operators._checks import layout_hint, refuse_numpy
 
 __all__ = ["Clipping", "Linearisation", "NonlinearOperator"]
 
@@ -66,6 +67,7 @@ class NonlinearOperator(Operator):
                 f"{type(self).__name__}(fn) must be a function of a tensor of images "
                 f"(n, *event_shape), got {type(self.fn).__name__}."
             )
+        refuse_numpy(f"{type(self).__name__}(fn)", self.fn)
         shape = self.out_shape
         if shape is None and self.takes_params:
             raise ValueError(
@@ -108,9 +110,15 @@ class NonlinearOperator(Operator):
             with torch.enable_grad():
                 y = self._call(x.requires_grad_())
         except Exception as error:
+            if "numpy()" in str(error):  # where torch itself advises to detach
+                what = "it leaves torch for numpy, where there are no gradients. Write it in "
+                what += "torch, all the way: torch.sqrt for np.sqrt, and so on."
+            else:
+                hint = layout_hint(self._function(x), x.detach(), self.event_shape_, "fn")
+                what = f"{type(error).__name__}: {error}. {hint}"
             raise ValueError(
                 f"{name}: fn failed on two images of shape {self.event_shape_}, values between 0 "
-                f"and 1: {type(error).__name__}: {error}"
+                f"and 1: {what}"
             ) from error
         if not isinstance(y, torch.Tensor) or y.is_complex() or not y.is_floating_point():
             got = f"a tensor of {y.dtype}" if isinstance(y, torch.Tensor) else type(y).__name__

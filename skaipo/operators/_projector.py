@@ -11,7 +11,17 @@ class AffineProjector(ABC):
     Calling it with images ``(n, d)`` returns the nearest images (Euclidean) whose observed
     measurements equal ``y``. Where the observed measurements contradict each other it returns the
     nearest minimiser of ``||f(x) - y||^2`` over the observed entries.
+
+    Attributes
+    ----------
+    converged : Tensor of bool, shape (n,), or None
+        Rows of the latest projection that are what they should be; None: all, by a formula.
+    quiet : bool
+        Whether nobody is to be warned of the others: set by those who look at ``converged``.
     """
+
+    converged = None
+    quiet = False
 
     @abstractmethod
     def __call__(self, x):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from skaipo.operators._checks import check_measures, probe
+from skaipo.operators._checks import check_measures, layout_hint, probe
 from skaipo.operators._foreign import TOLERANCES, ForeignOperator, Product
 from skaipo.operators._nonlinear import NonlinearOperator
 
@@ -134,11 +134,12 @@ class TorchOperator(ForeignOperator):
                     return self._call(x.clone())
             except Exception as error:
                 first = error if first is None else first
+        self._place = None, None
+        function = self._methods(self._held(x))[0]
         raise ValueError(
             f"{self._name} failed on a batch of images of shape {(len(x), *self.in_shape_)}: "
             f"{type(first).__name__}: {first}. It must take torch tensors (n, *in_shape) and "
-            "return (n, *out_shape). Pass in_shape to as_operator where it takes images of another "
-            "shape than the prior's, and torch.vmap(f) where f takes a single image."
+            f"return (n, *out_shape). {layout_hint(function, x, self.in_shape_)}"
         ) from first
 
     def _examine(self):

@@ -7,7 +7,7 @@ from skaipo.solvers._gauss_newton import gauss_newton_start
 from skaipo.solvers._gaussian import GaussianMetric, GaussianSurrogate, gaussian_start, surrogate_of
 from skaipo.solvers._hybrid import Hybrid
 from skaipo.solvers._lbfgs import LBFGS
-from skaipo.solvers._mle import FEASIBLE, MLE_SOLVERS, misfit, mle_start, off_centre
+from skaipo.solvers._mle import MLE_SOLVERS, infeasible, misfit, mle_start, off_centre
 from skaipo.solvers._schedules import (
     AdaptiveSchedule,
     DirectSchedule,
@@ -17,7 +17,6 @@ from skaipo.solvers._schedules import (
 )
 
 __all__ = [
-    "FEASIBLE",
     "LBFGS",
     "MLE_SOLVERS",
     "STATUS",
@@ -37,6 +36,7 @@ __all__ = [
     "continuation_path",
     "gauss_newton_start",
     "gaussian_start",
+    "infeasible",
     "minimize",
     "misfit",
     "mle_start",

@@ -10,10 +10,11 @@ from skaipo.solvers._base import CONVERGED, minimize
 from skaipo.solvers._first_order import Adam
 from skaipo.solvers._lbfgs import LBFGS
 
-__all__ = ["FEASIBLE", "MLE_SOLVERS", "misfit", "mle_start", "off_centre", "penalised"]
+__all__ = ["MLE_SOLVERS", "infeasible", "misfit", "mle_start", "off_centre", "penalised"]
 
 MLE_SOLVERS = ("pgd", "lbfgs")
-# What counts as f(x) = y where f is not linear: ||f(x) - y|| <= FEASIBLE * ||y||.
+# What counts as f(x) = y where no formula solves it: ||f(x) - y|| <= FEASIBLE * ||y||. Of what
+# typical images measure it is a thousandth of that again, which is for y = 0.
 FEASIBLE = 1e-3
 # Linearisations on the way to the most probable image that fits.
 _ROUNDS = 4
@@ -37,6 +38,7 @@ class _Feasible:
         op = objective.operator(rows)
         op = op if at is None else Linearisation(op, at[rows])
         self._project = op.projector(objective.y[rows], objective.observed[rows])
+        self._project.quiet = True  # these rows are not the caller's; see infeasible()
         self._u = objective.y.new_zeros(len(rows), objective.n_features)
         self.n_evals = objective.n_evals
 
@@ -47,6 +49,13 @@ class _Feasible:
         """The nearest feasible images to ``x`` (n, d)."""
         self._u[: len(x)] = x
         return self._project(self._u)[: len(x)]
+
+    def projected(self):
+        """Rows whose latest projection is what it should be, shape (n,)."""
+        converged = self._project.converged
+        if converged is None:
+            return torch.ones(len(self), dtype=torch.bool, device=self._u.device)
+        return converged[: len(self)]
 
     def scale(self):
         return self._inner.scale()
@@ -136,24 +145,62 @@ def mle_start(objective, *, max_evals=500, tol=1e-3, solver="pgd", method=None):
     return solution.evaluation.x, solution.status == CONVERGED
 
 
-def misfit(objective, x):
-    """``||f(x) - y|| / ||y||`` over the observed measurements, shape (n,)."""
+def infeasible(objective, x):
+    """Images ``x`` (n, d) that leave some of ``y`` unexplained which others might explain, (n,).
+
+    Where ``f`` is linear and a formula projects, none; where iterations do, rows in which they
+    ended too early.
+    """
+    if not objective.op.is_linear:
+        return misfit(objective, x) > FEASIBLE
+    # (Where y is zero this asks for nothing left at all, and the projection says whether it is.)
+    size = objective.y.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+    bad = misfit(objective, x, size) > FEASIBLE
+    if bool(bad.any()):
+        rows = bad.nonzero().flatten()
+        feasible = _Feasible(objective.select(rows))
+        feasible.project(x[rows])
+        bad[rows] = ~feasible.projected()
+    return bad
+
+
+def misfit(objective, x, size=None):
+    """``||f(x) - y|| / ||y||`` over the observed measurements, shape (n,).
+
+    Where ``y`` is zero, or next to it, relative to a thousandth of what typical images measure:
+    nothing else tells what is small. ``size`` (n,), if given, is what it is relative to.
+    """
     rows = torch.arange(len(objective), device=x.device)
-    observed, y = objective.observed, objective.y
+    size = _size(objective) if size is None else size
+    return padded(lambda x, rows: _residual(objective, x, rows), x, rows).norm(dim=1) / size
 
-    def residual(x, rows):
-        with torch.no_grad():
-            return torch.where(observed[rows], objective.operator(rows).forward(x) - y[rows], 0.0)
 
-    residual = padded(residual, x, rows).norm(dim=1)
-    return residual / y.norm(dim=1).clamp_min(torch.finfo(y.dtype).tiny)
+def _residual(objective, x, rows, y=None):
+    y = objective.y[rows] if y is None else y
+    with torch.no_grad():
+        return torch.where(objective.observed[rows], objective.operator(rows).forward(x) - y, 0.0)
+
+
+def _size(objective):
+    """What a residual of each row is small against, shape (n,)."""
+    y = objective.y
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(objective.n_features, generator=generator, dtype=torch.float64)
+    # One image, the same for all rows, about as far from the centre as those of the prior.
+    x = objective.centre() + objective.flow.data_scale() * noise.to(y)
+    rows = torch.arange(len(objective), device=y.device)
+    measured = padded(lambda x, rows: _residual(objective, x, rows, 0.0), x, rows).norm(dim=1)
+    measured = torch.where(measured.isfinite(), measured, 0.0)
+    size = torch.maximum(y.norm(dim=1), FEASIBLE * measured)
+    return size.clamp_min(torch.finfo(y.dtype).tiny)
 
 
 def _sequential(objective, rows, max_evals, tol, method):
     """Eq. 4 for an ``f`` that is not linear, by linearising it again and again."""
     x = penalised(objective, rows, max(1, max_evals // 2), tol=tol).evaluation.x
-    best, converged = _closer(objective, x), torch.zeros_like(rows, dtype=torch.bool)
-    away, lam = misfit(objective, best), torch.ones_like(objective.y[:, 0])
+    size = _size(objective)
+    best, converged = _closer(objective, x, size), torch.zeros_like(rows, dtype=torch.bool)
+    away, lam = misfit(objective, best, size), torch.ones_like(objective.y[:, 0])
     density = torch.full_like(lam, -torch.inf)
     x = best
     for k in range(_ROUNDS):
@@ -166,8 +213,8 @@ def _sequential(objective, rows, max_evals, tol, method):
         # What was found on the tangent is known to fit only after coming back from it.
         known = solution.evaluation.log_prob
         moved = (solution.u - x).norm(dim=1) > 1e-3 * x.norm(dim=1)
-        x = _closer(objective, solution.evaluation.x)
-        new = misfit(objective, x)
+        x = _closer(objective, solution.evaluation.x, size)
+        new = misfit(objective, x, size)
         fits, fitted = new <= FEASIBLE, away <= FEASIBLE
         better = torch.where(fits & fitted, known > density, new < away)
         best = torch.where(better[:, None], x, best)
@@ -176,9 +223,9 @@ def _sequential(objective, rows, max_evals, tol, method):
     return best, converged & (away <= FEASIBLE)
 
 
-def _closer(objective, x, steps=20):
+def _closer(objective, x, size, steps=20):
     """Gauss-Newton steps towards ``f(x) = y``, each the shortest; as long as they get closer."""
-    away = misfit(objective, x)
+    away = misfit(objective, x, size)
     going = away > 0.1 * FEASIBLE
     for _ in range(steps):
         if not bool(going.any()):
@@ -187,7 +234,7 @@ def _closer(objective, x, steps=20):
         before = away
         for length in (1.0, 0.5, 0.2, 0.05):
             trial = x + length * step
-            new = misfit(objective, trial)
+            new = misfit(objective, trial, size)
             lower = going & (new < away)
             x, away = torch.where(lower[:, None], trial, x), torch.where(lower, new, away)
         going = going & (away < 0.99 * before) & (away > 0.1 * FEASIBLE)
