@@ -35,7 +35,7 @@ from skaipo.solvers import (
     surrogate_of,
 )
 
-__all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior"]
+__all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior", "masked"]
 
 INITS = ("auto", "gaussian", "mle", "zero", "random")
 _METHODS = {"hybrid": Hybrid, "lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
@@ -71,7 +71,8 @@ def is_learnt(op):
     return hasattr(op, "learn")
 
 
-def _masked(y, mask):
+def masked(y, mask):
+    """Measurements (n, m) with NaN where a mask of their shape says that nothing was measured."""
     if not isinstance(mask, torch.Tensor):
         mask = np.asarray(mask)
         if mask.dtype != bool:
@@ -96,6 +97,10 @@ def _check_measurements(noise, op, y):
 
 class Reconstructor(ShortRepr, BaseEstimator):
     """What all estimators share: priors, validation, chunks, results."""
+
+    # Metadata routing: what belongs to the measurements goes wherever they go, unless a request
+    # says otherwise. (Where fit asks and transform does not, fit_transform cannot be routed.)
+    __metadata_request__fit = dict(mask=True, op_params=True)
 
     def _is_ready(self):
         """Whether there is nothing left to learn."""
@@ -151,7 +156,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
     def __sklearn_is_fitted__(self):
         return hasattr(self, "prior_") or self._is_ready()
 
-    def fit(self, X=None, y=None, *, prior=None):
+    def fit(self, X=None, y=None, *, prior=None, mask=None, op_params=None):
         """Make the prior ready: take it, or train it on clean data.
 
         Parameters
@@ -164,6 +169,10 @@ class Reconstructor(ShortRepr, BaseEstimator):
             Clean data, on which an unfitted ``prior`` is trained.
         prior : prior, default=None
             The same as the first argument, by name.
+        mask : array-like of bool of the shape of X, default=None
+            False where a value of ``X`` is to be ignored, as if it were NaN.
+        op_params : array-like of shape (n_samples, ...), default=None
+            What the operator takes per row (its kernel, its mask), for operators that do.
 
         Returns
         -------
@@ -189,8 +198,13 @@ class Reconstructor(ShortRepr, BaseEstimator):
         self._check_params()
         if self.prior is None:
             raise self._no_prior()
+        if X is None and not (mask is None and op_params is None):
+            raise TypeError(
+                f"mask and op_params belong to measurements, and {type(self).__name__}.fit got "
+                f"none: pass fit(Y, mask=mask), or leave them to the method that gets Y."
+            )
         self._one_output = False
-        clean = self._clean_data(X, y)
+        clean = self._clean_data(X, y, mask)
         if is_fitted(self.prior):
             self.prior_ = self.prior
         elif clean is None:
@@ -204,13 +218,18 @@ class Reconstructor(ShortRepr, BaseEstimator):
             measured, _, _ = check_batch(
                 X, estimator=self, reset=True, name="X", allow_nan=True, dtype=torch.float64
             )
+            if mask is not None:
+                measured = masked(measured, mask)
             flat, _, _ = check_batch(clean, name="y", dtype=torch.float64)
             self.op_ = self.op.learn(to_numpy(flat), to_numpy(measured))
         op = self._bind_op(self.prior_)
         noise = self._noise_for(op)
         vars(self).pop("noise_", None)
         if X is not None:
-            measured, _, _ = self._measurements(X, op, reset=True)
+            measured, _, _ = self._measurements(X, op, reset=True, mask=mask)
+            if op_params is not None:
+                params = op.check_params(op_params, len(measured), like=measured)
+                measured = torch.where(op.given(params).measured(measured), measured, torch.nan)
             _check_measurements(noise, op, measured)
             if noise.is_estimated:
                 self.noise_ = noise = noise.estimate(measured, op)
@@ -225,7 +244,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             )
         return self
 
-    def _clean_data(self, X, y):
+    def _clean_data(self, X, y, mask):
         """What an unfitted prior or operator may learn from, or None."""
         return None if y is None else self._check_clean(X, y)
 
@@ -320,7 +339,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             device=device,
             dtype=dtype,
         )
-        return y if mask is None else _masked(y, mask), layout, shape
+        return y if mask is None else masked(y, mask), layout, shape
 
     def _target(self):
         return check_lam(self.lam)
