@@ -15,10 +15,10 @@ from sklearn.utils.validation import check_is_fitted
 
 from skaipo._checkpoint import Checkpoint, describe_run
 from skaipo._progress import Progress
-from skaipo._reconstruct import Problem, Reconstruction, solve_chunk
+from skaipo._reconstruct import Problem, Reconstruction, far_off, solve_chunk
 from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
 from skaipo.flows._foreign import is_flow
-from skaipo.noise import GaussianNoise, as_noise
+from skaipo.noise import CorrelatedGaussianNoise, GaussianNoise, as_noise
 from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
 from skaipo.operators._base import ShortRepr
@@ -518,7 +518,30 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 ConvergenceWarning,
                 stacklevel=2,
             )
+        self._warn_if_far_off(result)
         return result
+
+    def _warn_if_far_off(self, result):
+        """Tell of results that no true image explains; only Gaussian noise says what is usual."""
+        noise = getattr(self, "noise_", self.noise)
+        if not isinstance(noise, GaussianNoise | CorrelatedGaussianNoise):
+            return
+        flow = self._ready_prior().flow_
+        far = far_off(result, flow, self.penalty) & (result.status != "diverged")
+        # One odd row is the row's own affair.
+        if 2 * int(far.sum()) <= len(far):
+            return
+        quotient = np.median(2 * result.misfit[far] / result.n_observed[far])
+        warnings.warn(
+            f"{int(far.sum())} of {len(far)} results are far from what prior and noise expect of "
+            f"any image: residuals of {math.sqrt(quotient):.3g} sigma, log-density "
+            f"{np.median(result.log_prob[far]):.4g} where images of the prior have "
+            f"{flow.typical_log_prob():.4g} (medians). Are the measurements, sigma and the images "
+            f"that the prior was trained on in the same units, and is the operator the right one? "
+            f"(Or is max_evals={self.max_evals} far too small?)",
+            UserWarning,
+            stacklevel=3,
+        )
 
     def _predict(self, Y, mask, checkpoint=None, op_params=None):
         """The reconstructions alone, with a warning that counts what did not converge."""
