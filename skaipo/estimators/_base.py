@@ -523,8 +523,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
 
     def _warn_if_far_off(self, result):
         """Tell of results that no true image explains; only Gaussian noise says what is usual."""
-        noise = getattr(self, "noise_", self.noise)
-        if not isinstance(noise, GaussianNoise | CorrelatedGaussianNoise):
+        if not isinstance(self.noise, GaussianNoise | CorrelatedGaussianNoise):
             return
         flow = self._ready_prior().flow_
         far = far_off(result, flow, self.penalty) & (result.status != "diverged")
@@ -538,7 +537,8 @@ class Reconstructor(ShortRepr, BaseEstimator):
             f"{np.median(result.log_prob[far]):.4g} where images of the prior have "
             f"{flow.typical_log_prob():.4g} (medians). Are the measurements, sigma and the images "
             f"that the prior was trained on in the same units, and is the operator the right one? "
-            f"(Or is max_evals={self.max_evals} far too small?)",
+            f"(Or is max_evals={self.max_evals} far too small, or the start far from the solution? "
+            f"Try n_starts=2.)",
             UserWarning,
             stacklevel=3,
         )
