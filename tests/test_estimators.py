@@ -317,7 +317,9 @@ def test_right_units_are_not_told_off(name):
                     dict(lam=0.0),
                     dict(lam=1e-3),
                     dict(lam=1e3),
-                    dict(max_evals=4),
+                    dict(max_evals=20),
+                    dict(max_evals=20, init="mle"),
+                    dict(max_evals=4, init="zero"),
                     dict(space="latent", penalty="latent"),
                 ):
                     clone(model).set_params(op=op, noise=noise, **params).reconstruct(Y)

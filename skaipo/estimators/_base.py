@@ -37,6 +37,8 @@ from skaipo.solvers import (
 
 __all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior", "masked"]
 
+# From here on a result says something of the problem, and not of the start alone.
+_SOME_EVALS = 20
 INITS = ("auto", "gaussian", "mle", "zero", "random")
 _METHODS = {"hybrid": Hybrid, "lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 
@@ -523,7 +525,9 @@ class Reconstructor(ShortRepr, BaseEstimator):
 
     def _warn_if_far_off(self, result):
         """Tell of results that no true image explains; only Gaussian noise says what is usual."""
-        if not isinstance(self.noise, GaussianNoise | CorrelatedGaussianNoise):
+        known = isinstance(self.noise, GaussianNoise | CorrelatedGaussianNoise)
+        # (After a handful of evaluations far off is where it began.)
+        if not known or self.max_evals < _SOME_EVALS:
             return
         flow = self._ready_prior().flow_
         far = far_off(result, flow, self.penalty) & (result.status != "diverged")

@@ -280,7 +280,7 @@ class Flow(nn.Module):
         """
         if getattr(self, "_typical_log_prob", None) is None:
             with torch.inference_mode(False), torch.no_grad():
-                log_prob = self.log_prob(self.typical(64).to(self.loc))
+                log_prob = self.log_prob(self.typical(32).to(self.loc))
             self._typical_log_prob = float(log_prob[log_prob.isfinite()].median())
         return self._typical_log_prob
 
