@@ -54,10 +54,13 @@ class CheckedKeywords:
 
     @classmethod
     def _check_arguments(cls, args, kwargs):
-        _, *params = inspect.signature(cls.__init__).parameters.values()
+        params = []
+        # (object's own takes anything where there is a __new__, and forgets it.)
+        if cls.__init__ is not object.__init__:
+            _, *params = inspect.signature(cls.__init__).parameters.values()
         kinds = {param.kind for param in params}
         names = [p.name for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        takes = f"It takes {', '.join(names)}." if names else "It takes none."
+        takes = f"It takes {', '.join(names) or 'no parameters'}."
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             for name in kwargs:
                 if name not in names:
@@ -69,6 +72,6 @@ class CheckedKeywords:
             by_name = [name for name in names if name not in first]
             hint = f" Give the others by name, as in {by_name[0]}=...." if by_name else ""
             raise TypeError(
-                f"{cls.__name__} takes {len(first)} arguments by position"
+                f"{cls.__name__} takes {len(first)} by position"
                 f"{' (' + ', '.join(first) + ')' if first else ''}, got {len(args)}.{hint} {takes}"
             )

@@ -176,7 +176,8 @@ class AIPORegressorCV(Continuation, Regressor):
     eps : float, default=1e-3
         ``lam_min / lam_max`` of a grid given by its size.
     cv : int, splitter or iterable, default=None
-        As in ``GridSearchCV``; None is 5 folds.
+        As in ``GridSearchCV``; None is 5 folds. Where rows belong together (several measurements
+        of one object), pass the splits, ``list(GroupKFold(5).split(Y, X, groups))``.
     scoring : str, callable or None, default=None
         Scorer, higher is better. None: negative mean squared error against the clean images, or,
         where there are none, :func:`~skaipo.metrics.discrepancy_scorer`.
@@ -390,6 +391,11 @@ class AIPORegressorCV(Continuation, Regressor):
     def _scorer(self, y):
         if self.scoring is None:
             return reconstruction_error_scorer if y is not None else discrepancy_scorer
+        if isinstance(self.scoring, list | tuple | set | dict):
+            raise ValueError(
+                f"scoring must be one scorer, by which {type(self).__name__} chooses, got "
+                f"{self.scoring!r}. For several use cross_validate or GridSearchCV."
+            )
         from sklearn.metrics import check_scoring
 
         return check_scoring(self, scoring=self.scoring)

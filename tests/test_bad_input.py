@@ -24,7 +24,7 @@ from skaipo.operators import (
     LeastSquaresOperator,
     MatrixOperator,
 )
-from skaipo.solvers import LBFGS, Adam, GeometricSchedule, LinearSchedule
+from skaipo.solvers import LBFGS, Adam, DirectSchedule, GeometricSchedule, LinearSchedule
 
 D, M = 6, 4
 ESTIMATORS = [AIPORegressor, FixedLambdaMAP, AIPOTransformer]
@@ -262,11 +262,16 @@ def test_misspelt_parameters(make, name, meant):
 
 
 def test_too_many_parameters_by_position():
-    message = r"AIPORegressor takes 2 arguments by position \(op, lam\), got 3.* as in prior="
+    message = r"AIPORegressor takes 2 by position \(op, lam\), got 3.* as in prior="
     with pytest.raises(TypeError, match=message):
         AIPORegressor(Denoising(), 1.0, GaussianPrior())
-    with pytest.raises(TypeError, match="takes 3 arguments by position .n_stages, share, tol., go"):
+    with pytest.raises(TypeError, match="takes 3 by position .n_stages, share, tol., go"):
         LinearSchedule(1, 2, 3, 4)
+    for make in (Denoising, DirectSchedule):
+        with pytest.raises(TypeError, match=f"{make.__name__} takes 0 by position, got 1"):
+            make(3)
+        with pytest.raises(TypeError, match="no parameter 'x'. It takes no parameters."):
+            make(x=3)
 
 
 def test_misspelt_parameters_of_a_path():

@@ -324,6 +324,8 @@ def test_scoring_is_scikit_learns(scoring, prior, X, Y):
 def test_an_unknown_score_is_an_error(prior, X, Y):
     with pytest.raises(ValueError, match="scoring"):
         AIPORegressorCV(Denoising(), prior=prior, scoring="psrn", **COMMON).fit(Y, X)
+    with pytest.raises(ValueError, match="scoring must be one scorer, .* For several use cross_"):
+        AIPORegressorCV(Denoising(), prior=prior, scoring={"a": psnr_scorer}, **COMMON).fit(Y, X)
 
 
 def test_without_clean_data_the_discrepancy_decides(prior, Y):
