@@ -21,7 +21,8 @@ __all__ = ["fingerprint"]
 
 # Attributes that change while a value is used and say nothing new about it: of flows, operators
 # and noise models, and of scipy's sparse matrices.
-_CACHES = {"_cache", "_data_scale", "_has_sorted_indices", "_has_canonical_format"}
+_CACHES = {"_cache", "_data_scale", "_typical_log_prob"}
+_CACHES |= {"_has_sorted_indices", "_has_canonical_format"}
 # Code that has a version, which is for the caller to note where it matters. Of other code, the
 # source is hashed.
 _VERSIONED = {"skaipo", "torch", "numpy", "scipy", "sklearn", *sys.stdlib_module_names}

@@ -21,10 +21,12 @@ from skaipo.solvers import (
     off_centre,
 )
 
-__all__ = ["Problem", "Reconstruction", "solve_chunk"]
+__all__ = ["Problem", "Reconstruction", "far_off", "solve_chunk"]
 
 # The paper's number of projected-gradient iterations for the MLE start.
 _MLE_EVALS = 500
+# From here on an objective is no matter of bad luck, nor of a prior that is somewhat off.
+_FAR = 10.0
 
 
 @dataclass(repr=False)
@@ -151,6 +153,31 @@ class Problem:
     mle_solver: str
     surrogate: object = None
     history: bool = field(default=False)
+
+
+def far_off(result, flow, penalty):
+    """Rows whose objective is far above what the true image should have, under Gaussian noise.
+
+    The true image is a candidate like any other. Its misfit is half of the number of measurements
+    and its log-density that of the prior's own images, give or take, so that no minimiser lies far
+    above the two together, whatever lambda. One that does tells that the truth is none for this
+    prior and this noise, for its units, say.
+
+    Parameters
+    ----------
+    result : Reconstruction
+    flow : Flow
+    penalty : {"density", "latent"}
+
+    Returns
+    -------
+    rows : ndarray of bool of shape (n_samples,)
+    """
+    size = 0.5 * flow.n_features
+    typical = size if penalty == "latent" else -flow.typical_log_prob()
+    half = 0.5 * result.n_observed
+    excess = result.objective - half - result.lam * typical
+    return excess > _FAR * (half + result.lam * size)
 
 
 def solve_chunk(problem, y, starts, params=None):

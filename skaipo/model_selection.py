@@ -52,7 +52,18 @@ def _check_schedule(schedule):
         )
 
 
-def aipo_path(Y, op, prior, *, lams=20, eps=1e-3, return_details=False, op_params=None, **params):
+def aipo_path(
+    Y,
+    op,
+    prior,
+    *,
+    lams=20,
+    eps=1e-3,
+    return_details=False,
+    mask=None,
+    op_params=None,
+    **params,
+):
     """Reconstructions along a grid of lambdas, by one continuation.
 
     The stages on the way up, the trunk, are shared; each lambda of the grid branches off. Every
@@ -76,6 +87,8 @@ def aipo_path(Y, op, prior, *, lams=20, eps=1e-3, return_details=False, op_param
         Length of that grid, ``lam_min / lam_max``.
     return_details : bool, default=False
         Return the :class:`~skaipo.Reconstruction` of each lambda and the evaluations as well.
+    mask : array-like of bool of the shape of Y, default=None
+        False where a value of ``Y`` is to be ignored, as if it were NaN.
     op_params : array-like of shape (n_samples, ...), default=None
         What the operator takes per row (its kernel, its mask), for operators that do.
     **params
@@ -104,16 +117,27 @@ def aipo_path(Y, op, prior, *, lams=20, eps=1e-3, return_details=False, op_param
     (2, 3, 2)
     """
     params.setdefault("schedule", GeometricSchedule(share=0.9))
+    if "lam" in params:
+        # (AIPORegressor takes one, and nothing here would look at it.)
+        raise TypeError(
+            f"A path has many lambdas: pass lams={[params['lam']]!r} in place of "
+            f"lam={params['lam']!r}, or use AIPORegressor for one."
+        )
     estimator = AIPORegressor(op, prior=prior, **params)
     _check_schedule(estimator.schedule)
     lams = _grid(lams, eps, estimator)
-    results, n_evals = estimator._solve(Y, tuple(lams.tolist()), op_params=op_params)
+    results, n_evals = estimator._solve(Y, tuple(lams.tolist()), mask, op_params=op_params)
     images = [result.x for result in results]
     if isinstance(images[0], np.ndarray):
         X_path = np.stack(images)
     else:
         X_path = torch.stack(images)
     return (lams, X_path, results, n_evals) if return_details else (lams, X_path)
+
+
+def _rows(index, *arrays):
+    """Some rows of arrays, or of None."""
+    return [None if array is None else _safe_indexing(array, index) for array in arrays]
 
 
 class _AlongPath:
@@ -152,7 +176,8 @@ class AIPORegressorCV(Continuation, Regressor):
     eps : float, default=1e-3
         ``lam_min / lam_max`` of a grid given by its size.
     cv : int, splitter or iterable, default=None
-        As in ``GridSearchCV``; None is 5 folds.
+        As in ``GridSearchCV``; None is 5 folds. Where rows belong together (several measurements
+        of one object), pass the splits, ``list(GroupKFold(5).split(Y, X, groups))``.
     scoring : str, callable or None, default=None
         Scorer, higher is better. None: negative mean squared error against the clean images, or,
         where there are none, :func:`~skaipo.metrics.discrepancy_scorer`.
@@ -266,7 +291,7 @@ class AIPORegressorCV(Continuation, Regressor):
             del params[name]
         return clone(AIPORegressor(lam=lam, **params))
 
-    def fit(self, X, y=None, *, prior=None, op_params=None):
+    def fit(self, X, y=None, *, prior=None, mask=None, op_params=None):
         """Choose lambda, then make the prior ready as :meth:`AIPORegressor.fit` does.
 
         Parameters
@@ -277,8 +302,11 @@ class AIPORegressorCV(Continuation, Regressor):
             Clean images; without them a fitted prior and a scorer that needs none.
         prior : prior, default=None
             Like ``set_params(prior=prior)``.
+        mask : array-like of bool of the shape of X, default=None
+            False where a value of ``X`` is to be ignored, as if it were NaN.
         op_params : array-like of shape (n_samples, ...), default=None
-            What the operator takes per row (its kernel, its mask), for operators that do.
+            What the operator takes per row (its kernel, its mask), for operators that do. It is
+            split into folds as the rows are, and so is ``mask``.
 
         Returns
         -------
@@ -293,8 +321,8 @@ class AIPORegressorCV(Continuation, Regressor):
                 f"{type(self).__name__} chooses lambda by measurements: call fit(Y, X_clean), and "
                 f"pass the prior as {type(self).__name__}(op, prior=prior) or fit(Y, prior=prior)."
             )
-        X, y, op_params = indexable(X, y, op_params)
-        super().fit(X, y, prior=prior)
+        X, y, mask, op_params = indexable(X, y, mask, op_params)
+        super().fit(X, y, prior=prior, mask=mask, op_params=op_params)
         fitted = self._single()
         fitted.prior = self.prior_
         if is_learnt(self.op):
@@ -310,22 +338,21 @@ class AIPORegressorCV(Continuation, Regressor):
         # (Where they do not, a path for each costs the same, and has the chunks of GridSearchCV.)
         shared, n_evals = None, 0
         if frozen and sum(len(test) for _, test in folds) > _num_samples(X):
-            shared, n_evals = fitted._solve(X, targets, op_params=op_params)
+            shared, n_evals = fitted._solve(X, targets, mask, op_params=op_params)
         scores, errors = np.empty((len(lams), len(folds))), np.empty((len(lams), len(folds)))
         short = solved = 0
         for k, (train, test) in enumerate(folds):
-            Y_test = _safe_indexing(X, test)
-            X_test = None if y is None else _safe_indexing(y, test)
+            Y_test, X_test, mask_test, params_test = _rows(test, X, y, mask, op_params)
             estimator = fitted
             if shared is not None:
                 results = [result.rows(test) for result in shared]
             else:
                 if not frozen:
-                    X_train = _safe_indexing(X, train)
-                    y_train = None if y is None else _safe_indexing(y, train)
-                    estimator = self._single().fit(X_train, y_train)
-                test_params = None if op_params is None else _safe_indexing(op_params, test)
-                results, spent = estimator._solve(Y_test, targets, op_params=test_params)
+                    Y_train, X_train, mask_train, params_train = _rows(train, X, y, mask, op_params)
+                    estimator = self._single().fit(
+                        Y_train, X_train, mask=mask_train, op_params=params_train
+                    )
+                results, spent = estimator._solve(Y_test, targets, mask_test, op_params=params_test)
                 n_evals += spent
             for i, result in enumerate(results):
                 short += int((result.status != "converged").sum())
@@ -364,6 +391,11 @@ class AIPORegressorCV(Continuation, Regressor):
     def _scorer(self, y):
         if self.scoring is None:
             return reconstruction_error_scorer if y is not None else discrepancy_scorer
+        if isinstance(self.scoring, list | tuple | set | dict):
+            raise ValueError(
+                f"scoring must be one scorer, by which {type(self).__name__} chooses, got "
+                f"{self.scoring!r}. For several use cross_validate or GridSearchCV."
+            )
         from sklearn.metrics import check_scoring
 
         return check_scoring(self, scoring=self.scoring)

@@ -6,10 +6,25 @@ import scipy.sparse as sp
 import torch
 from sklearn.exceptions import NotFittedError
 
-from skaipo import AIPORegressor, AIPOTransformer, FixedLambdaMAP, FlowPrior, GaussianPrior
+from skaipo import (
+    AIPORegressor,
+    AIPORegressorCV,
+    AIPOTransformer,
+    FixedLambdaMAP,
+    FlowPrior,
+    GaussianPrior,
+    aipo_path,
+)
+from skaipo.metrics import ReconstructionScorer
 from skaipo.noise import GaussianNoise
-from skaipo.operators import CompressedSensing, Denoising, Inpainting, MatrixOperator
-from skaipo.solvers import LBFGS, LinearSchedule
+from skaipo.operators import (
+    CompressedSensing,
+    Denoising,
+    Inpainting,
+    LeastSquaresOperator,
+    MatrixOperator,
+)
+from skaipo.solvers import LBFGS, Adam, DirectSchedule, GeometricSchedule, LinearSchedule
 
 D, M = 6, 4
 ESTIMATORS = [AIPORegressor, FixedLambdaMAP, AIPOTransformer]
@@ -239,3 +254,72 @@ def test_score_with_images_of_another_size():
         model.score(np.ones((3, D)), np.ones((3, D - 1)))
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="y holds 2 images for 3 meas"):
         model.score(np.ones((3, D)), np.ones((2, D)))
+
+
+@pytest.mark.parametrize(
+    "make, name, meant",
+    [
+        (AIPORegressor, "max_eval", "max_evals"),
+        (AIPORegressor, "alpha", "lam"),
+        (AIPOTransformer, "lambda_", "lam"),
+        (FixedLambdaMAP, "max_iter", "max_evals"),
+        (AIPORegressorCV, "lam", "lams"),
+        (FlowPrior, "epochs", "max_epochs"),
+        (FlowPrior, "lr", "learning_rate"),
+        (GaussianPrior, "cov", "covariance"),
+        (CompressedSensing, "seed", "random_state"),
+        (MatrixOperator, "matrix", "A"),
+        (LeastSquaresOperator, "rigde", "ridge"),
+        (GaussianNoise, "std", "sigma"),
+        (GeometricSchedule, "stages", "n_stages"),
+        (Adam, "learning_rat", "learning_rate"),
+        (ReconstructionScorer, "range", "data_range"),
+    ],
+)
+def test_misspelt_parameters(make, name, meant):
+    message = f"^{make.__name__} has no parameter '{name}'. Did you mean '{meant}'.* It takes .*"
+    with pytest.raises(TypeError, match=message + rf"\b{meant}\b"):
+        make(**{name: 1})
+    with pytest.raises(TypeError, match=rf"{make.__name__} has no parameter 'wxyz'\. It takes "):
+        make(wxyz=1)
+
+
+def test_too_many_parameters_by_position():
+    message = r"AIPORegressor takes 2 by position \(op, lam\), got 3.* as in prior="
+    with pytest.raises(TypeError, match=message):
+        AIPORegressor(Denoising(), 1.0, GaussianPrior())
+    with pytest.raises(TypeError, match="takes 3 by position .n_stages, share, tol., go"):
+        LinearSchedule(1, 2, 3, 4)
+    for make in (Denoising, DirectSchedule):
+        with pytest.raises(TypeError, match=f"{make.__name__} takes 0 by position, got 1"):
+            make(3)
+        with pytest.raises(TypeError, match="no parameter 'x'. It takes no parameters."):
+            make(x=3)
+
+
+def test_misspelt_parameters_of_a_path():
+    prior = GaussianPrior(np.zeros(D), np.eye(D))
+    with pytest.raises(TypeError, match="no parameter 'max_eval'. Did you mean 'max_evals'"):
+        aipo_path(np.ones((3, D)), Denoising(), prior, max_eval=10)
+
+
+def test_subclasses_may_take_what_they_like():
+    class Mine(AIPORegressor):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args[1:], **{k: v for k, v in kwargs.items() if k != "extra"})
+
+    assert Mine("first", Denoising(), lam=2.0, extra=1).lam == 2.0
+    with pytest.raises(TypeError, match="^Renamed has no parameter 'prior'. It takes op."):
+        type("Renamed", (AIPORegressor,), {"__init__": lambda self, op: None})(prior=1)
+
+
+@pytest.mark.parametrize("prior", [FlowPrior(), GaussianPrior()], ids=["flow", "gaussian"])
+def test_a_transformer_without_a_whole_row_to_train_on(prior):
+    model = AIPOTransformer(Inpainting(), prior=prior)
+    Y = np.ones((3, D))
+    Y[:, 1] = np.nan
+    message = r"all of these 3 have missing values. Pass a fitted prior, .*fit\(X_clean\)"
+    with pytest.raises(ValueError, match=message):
+        model.fit(Y)
+    with pytest.raises(ValueError, match=message):
+        model.fit(np.ones((3, D)), mask=~np.isnan(Y))

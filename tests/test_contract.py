@@ -26,6 +26,7 @@ from sklearn.model_selection import (
     RandomizedSearchCV,
     cross_val_predict,
     cross_val_score,
+    cross_validate,
 )
 from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
@@ -44,6 +45,7 @@ from skaipo._handle import pack_module, unpack_module
 from skaipo.datasets import load_digits_split
 from skaipo.flows import Flow, RealNVP
 from skaipo.metrics import (
+    ReconstructionScorer,
     discrepancy_scorer,
     psnr_score,
     psnr_scorer,
@@ -762,13 +764,74 @@ def test_mask_is_routed_and_means_nan(make, gaussian, X, Y):
     )
     assert not np.array_equal(expected, denoiser(gaussian, make).predict(Y))
     with sklearn.config_context(enable_metadata_routing=True):
-        last = denoiser(gaussian, make).set_predict_request(mask=True)
-        pipeline = make_pipeline(FunctionTransformer(), last).fit(Y, X)
+        pipeline = make_pipeline(FunctionTransformer(), denoiser(gaussian, make)).fit(Y, X)
         np.testing.assert_array_equal(pipeline.predict(Y, mask=mask), expected)
         np.testing.assert_array_equal(clone(pipeline).predict(Y, mask=mask), expected)
-        refused = make_pipeline(FunctionTransformer(), denoiser(gaussian, make)).fit(Y, X)
-        with pytest.raises(ValueError, match="mask.*not explicitly set as requested"):
-            refused.predict(Y, mask=mask)
+        np.testing.assert_array_equal(
+            pipeline.fit(Y, X, mask=mask).score(Y, X, mask=mask),
+            denoiser(gaussian, make).score(marked, X),
+        )
+        refused = denoiser(gaussian, make).set_predict_request(mask=False)
+        with pytest.raises(TypeError, match="mask.*not routed"):
+            make_pipeline(FunctionTransformer(), refused).fit(Y, X).predict(Y, mask=mask)
+
+
+@pytest.mark.parametrize("scoring", [None, psnr_scorer, ReconstructionScorer(data_range=16)])
+def test_searches_split_the_mask(scoring, gaussian, X, Y):
+    mask = np.random.default_rng(3).random(Y.shape) < 0.7
+    mask[:, 0] = True
+    marked, hidden = np.where(mask, Y, np.nan), np.where(mask, Y, 1e3)
+    grid = {"lam": [0.1, 1.0]}
+    search = GridSearchCV(denoiser(gaussian), grid, scoring=scoring, cv=3, error_score="raise")
+    expected = clone(search).fit(marked, X).cv_results_["mean_test_score"]
+    with sklearn.config_context(enable_metadata_routing=True):
+        found = clone(search).fit(hidden, X, mask=mask).cv_results_["mean_test_score"]
+        rows = cross_validate(
+            denoiser(gaussian, lam=1.0),
+            hidden,
+            X,
+            scoring={"one": search.scoring or psnr_scorer},
+            params=dict(mask=mask),
+            cv=3,
+            error_score="raise",
+        )
+    np.testing.assert_array_equal(found, expected)
+    assert expected[0] != expected[1]
+    if scoring is not None:
+        assert rows["test_one"].mean() == expected[1]
+
+
+def test_what_is_under_the_mask_is_not_learnt_from(X, Y):
+    mask = np.random.default_rng(3).random(Y.shape) < 0.7
+    mask[:12] = True
+    marked, hidden = np.where(mask, Y, np.nan), np.where(mask, Y, 1e3)
+    op, prior = LeastSquaresOperator(), GaussianPrior()
+    model = AIPORegressor(op, 0.1, prior=prior, max_evals=20)
+    expected = clone(model).fit(marked, X).predict(marked)
+    found = clone(model).fit(hidden, X, mask=mask).predict(hidden, mask=mask)
+    np.testing.assert_array_equal(found, expected)
+    # A prior that is trained on whole rows.
+    transformer = denoiser(prior, AIPOTransformer)
+    with pytest.warns(UserWarning, match="8 of 24 rows have missing values"):
+        expected = clone(transformer).fit(marked).transform(marked)
+    with pytest.warns(UserWarning, match="8 of 24 rows have missing values"):
+        found = clone(transformer).fit_transform(hidden, mask=mask)
+    np.testing.assert_array_equal(found, expected)
+    # The size of the noise.
+    images = X.reshape(len(X), 1, 2, 3)
+    sized = AIPORegressor(
+        Denoising(),
+        prior=GaussianPrior(event_shape=(1, 2, 3)).fit(images),
+        noise=GaussianNoise("estimate"),
+    )
+    noise = sized.fit(marked).noise_
+    assert sized.fit(hidden, mask=mask).noise_.sigma == noise.sigma
+    assert sized.fit(hidden).noise_.sigma > noise.sigma
+    # Masks that go with the operator say the same.
+    sized.set_params(op=Inpainting())
+    assert sized.fit(hidden, op_params=mask).noise_.sigma == noise.sigma
+    with pytest.raises(TypeError, match="mask and op_params belong to measurements"):
+        denoiser(prior).fit(GaussianPrior().fit(X), mask=mask)
 
 
 def test_mask_of_a_transformer_is_routed(gaussian, X, Y):
@@ -776,10 +839,15 @@ def test_mask_of_a_transformer_is_routed(gaussian, X, Y):
     mask[:, 0] = True
     expected = denoiser(gaussian, AIPOTransformer).transform(np.where(mask, Y, np.nan))
     with sklearn.config_context(enable_metadata_routing=True):
-        fill_in = denoiser(gaussian, AIPOTransformer).set_transform_request(mask=True)
-        pipeline = make_pipeline(fill_in, StandardScaler(with_mean=False, with_std=False))
-        pipeline.fit(Y, mask=mask)
-        np.testing.assert_array_equal(pipeline.transform(Y, mask=mask), expected)
+        fill_in = denoiser(gaussian, AIPOTransformer)
+        for step in (fill_in, clone(fill_in).set_transform_request(mask=True)):
+            pipeline = make_pipeline(step, StandardScaler(with_mean=False, with_std=False))
+            pipeline.fit(Y, mask=mask)
+            np.testing.assert_array_equal(pipeline.transform(Y, mask=mask), expected)
+        # Where the operator takes the masks, they are the operator's parameters.
+        pipeline.set_params(aipotransformer__op=Inpainting()).fit(Y, op_params=mask)
+        found = pipeline.fit_transform(Y, op_params=mask)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(

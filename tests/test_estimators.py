@@ -20,6 +20,7 @@ from skaipo import (
     GaussianPrior,
     _reconstruct,
 )
+from skaipo.datasets import load_digits_prior, load_digits_split
 from skaipo.flows import Glow
 from skaipo.metrics import (
     discrepancy_scorer,
@@ -273,6 +274,55 @@ def test_rows_that_run_out_of_budget_are_counted_in_a_warning():
     Y = measure(OPERATORS["compressed"], prior)
     with pytest.warns(ConvergenceWarning, match=r"5 of 5 rows stopped .* at max_evals=12"):
         model.predict(Y)
+
+
+DIGITS = {
+    "glow": lambda: load_digits_prior("cpu"),
+    "gaussian": lambda: GaussianPrior().fit(load_digits_split()[0]),
+}
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_wrong_units_that_converge_are_told(name):
+    prior, clean = DIGITS[name](), load_digits_split()[1][:8]
+    noise, op = GaussianNoise(2.0), Denoising()
+    Y = noise.add_noise(clean, random_state=0)
+    told = r"8 of 8 results are far from .* residuals of \d.* sigma, .* in the same units"
+    model = AIPORegressor(op, prior=prior, noise=noise, max_evals=40)
+    for wrong in (model.reconstruct, model.predict):
+        with pytest.warns(UserWarning, match=told):
+            wrong(Y * 255 / 16)
+    # Most rows, not some: an odd one is told by its status or by its numbers.
+    mixed = np.where(np.arange(8)[:, None] < 4, 255 / 16, 1.0) * Y
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*far from what")
+        model.reconstruct(mixed)
+        # Without the size of the noise, nothing is known of the residual's.
+        clone(model).set_params(noise=None).reconstruct(Y * 255 / 16)
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_right_units_are_not_told_off(name):
+    prior, clean = DIGITS[name](), load_digits_split()[1][:8]
+    model = AIPORegressor(prior=prior, max_evals=24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("error", "(?s).*far from what")
+        for op in (Denoising(), CompressedSensing(24)):
+            for sigma in (0.1, 3.0):
+                noise = GaussianNoise(sigma)
+                Y = noise.add_noise(op(clean), random_state=0)
+                for params in (
+                    dict(),
+                    dict(lam=0.0),
+                    dict(lam=1e-3),
+                    dict(lam=1e3),
+                    dict(max_evals=20),
+                    dict(max_evals=20, init="mle"),
+                    dict(max_evals=4, init="zero"),
+                    dict(space="latent", penalty="latent"),
+                ):
+                    clone(model).set_params(op=op, noise=noise, **params).reconstruct(Y)
 
 
 # ---------------------------------------------------------------------- starts

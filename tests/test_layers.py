@@ -17,7 +17,7 @@ PACKAGE = "skaipo"
 # From the bottom up. A unit imports from the layers below its own, and from its peers as long as
 # no cycle comes of it.
 LAYERS = (
-    ("_validation", "_progress", "_handle", "_padding", "_fingerprint", "metrics"),
+    ("_validation", "_progress", "_handle", "_padding", "_keywords", "_fingerprint", "metrics"),
     ("operators", "noise", "flows", "objective"),
     ("_training", "_reconstruct", "_checkpoint", "priors", "solvers", "datasets"),
     ("estimators",),

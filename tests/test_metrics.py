@@ -5,11 +5,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from sklearn.base import clone
 from sklearn.metrics import mean_squared_error
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from skaipo.metrics import (
+    ReconstructionScorer,
     discrepancy_scorer,
     psnr_score,
     psnr_scorer,
@@ -173,6 +176,76 @@ def test_discrepancy_in_a_pipeline():
     alone = make_pipeline(model)
     assert discrepancy_scorer(alone, np.ones((2, 3))) == 0
     np.testing.assert_array_equal(model.seen, np.ones((2, 3)))
+
+
+def test_one_range_makes_folds_comparable(pair):
+    true, predicted = pair
+    scorer = ReconstructionScorer("psnr", data_range=16)
+    assert scorer(Model(predicted), None, true) == psnr_score(true, predicted, data_range=16)
+    # The same error in dark images and in bright ones.
+    dark, bright = np.array([[0.0, 1.0]]), np.array([[0.0, 10.0]])
+    scores = [scorer(Model(x + 1), None, x) for x in (dark, bright)]
+    assert scores[0] == scores[1] == pytest.approx(20 * math.log10(16))
+    assert psnr_scorer(Model(dark + 1), None, dark) < psnr_scorer(Model(bright + 1), None, bright)
+    assert clone(scorer).get_params() == {"metric": "psnr", "data_range": 16}
+
+
+def test_scorers_weigh_images(pair):
+    true, predicted = pair
+    weight = np.array([1.0, 0.0, 2.0, 0.5, 3.0])
+    predicted[1] = true[1]  # infinitely good, but of no weight
+    each = psnr_score(true, predicted, per_image=True)[weight > 0]
+    assert psnr_scorer(Model(predicted), None, true, sample_weight=weight) == pytest.approx(
+        np.average(each, weights=weight[weight > 0]), rel=1e-12
+    )
+    model = Model(noise=GaussianNoise(1.0), misfit=np.array([0.5, 5.0]), n_observed=np.ones(2))
+    assert discrepancy_scorer(model, "Y", sample_weight=[1.0, 0.0]) == 0
+    assert discrepancy_scorer(model, "Y", sample_weight=[0.0, 1.0]) == pytest.approx(-math.log(10))
+
+
+def test_scorers_hand_masks_and_parameters_on(pair):
+    true, predicted = pair
+
+    class Masked(Model):
+        def predict(self, Y, **params):
+            self.params = params
+            return self.prediction
+
+    model = Masked(predicted)
+    psnr_scorer(model, None, true)
+    assert model.params == {}
+    reconstruction_error_scorer(model, None, true, mask="mask", op_params="kernels")
+    assert model.params == {"mask": "mask", "op_params": "kernels"}
+
+
+def test_a_metric_of_ones_own(pair):
+    true, predicted = pair
+
+    def worst(X_true, X_pred, sample_weight=None):
+        assert sample_weight is None
+        return -float(np.abs(X_true - X_pred).max())
+
+    assert ReconstructionScorer(worst)(Model(predicted), None, true) == worst(true, predicted)
+    assert ReconstructionScorer(mean_squared_error)(
+        Model(predicted), None, true, sample_weight=np.arange(5)
+    ) == mean_squared_error(true, predicted, sample_weight=np.arange(5))
+
+
+def test_tensors_are_images(pair):
+    true, predicted = pair
+    tensor = torch.tensor(predicted, requires_grad=True)
+    assert psnr_score(true, tensor) == psnr_score(true, predicted)
+
+
+def test_bad_scorers_are_explained(pair):
+    true, predicted = pair
+    model = Model(predicted)
+    with pytest.raises(ValueError, match="metric must be 'psnr', .* callable, got 'ssim'"):
+        ReconstructionScorer("ssim")(model, None, true)
+    with pytest.raises(ValueError, match="compares with clean images, and got none"):
+        psnr_scorer(model, None)
+    with pytest.raises(ValueError, match="data_range=16 is for metric='psnr'"):
+        ReconstructionScorer("error", data_range=16)(model, None, true)
 
 
 def test_discrepancy_needs_the_noise():

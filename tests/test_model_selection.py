@@ -2,12 +2,19 @@
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from problems import drop_entries, gaussian_prior, random_flow
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import make_scorer, mean_absolute_error
-from sklearn.model_selection import GridSearchCV, KFold, ShuffleSplit, cross_val_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    KFold,
+    ShuffleSplit,
+    cross_val_score,
+    cross_validate,
+)
 
 from skaipo import AIPORegressor, AIPORegressorCV, FlowPrior, GaussianPrior, aipo_path
 from skaipo.datasets import load_digits_prior, load_digits_split
@@ -317,6 +324,8 @@ def test_scoring_is_scikit_learns(scoring, prior, X, Y):
 def test_an_unknown_score_is_an_error(prior, X, Y):
     with pytest.raises(ValueError, match="scoring"):
         AIPORegressorCV(Denoising(), prior=prior, scoring="psrn", **COMMON).fit(Y, X)
+    with pytest.raises(ValueError, match="scoring must be one scorer, .* For several use cross_"):
+        AIPORegressorCV(Denoising(), prior=prior, scoring={"a": psnr_scorer}, **COMMON).fit(Y, X)
 
 
 def test_without_clean_data_the_discrepancy_decides(prior, Y):
@@ -335,6 +344,35 @@ def test_without_clean_data_the_discrepancy_decides(prior, Y):
 def test_without_clean_data_the_noise_must_be_known(prior, Y):
     with pytest.raises(ValueError, match=r"noise=GaussianNoise\(sigma\).*got noise=None"):
         AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, max_evals=24).fit(Y)
+
+
+@pytest.mark.parametrize("cv", [3, ShuffleSplit(4, test_size=0.5, random_state=0)])
+@pytest.mark.parametrize("name", ["given normal", "unfitted normal", "learnt operator"])
+def test_the_mask_is_split_as_the_rows_are(name, cv, X, Y):
+    prior, op = PROBLEMS[name]()
+    if isinstance(op, CompressedSensing):
+        op = Denoising()
+    mask = ~np.isnan(drop_entries(Y))
+    marked, hidden = np.where(mask, Y, np.nan), np.where(mask, Y, 1e3)
+    model = AIPORegressorCV(op, lams=[0.1, 1.0], prior=prior, cv=cv, **COMMON)
+    expected = clone(model).fit(marked, X)
+    found = clone(model).fit(hidden, X, mask=mask)
+    np.testing.assert_array_equal(found.mse_path_, expected.mse_path_)
+    np.testing.assert_array_equal(found.predict(hidden, mask=mask), expected.predict(marked))
+    assert not np.array_equal(clone(model).fit(hidden, X).mse_path_, expected.mse_path_)
+    with sklearn.config_context(enable_metadata_routing=True):
+        scores = cross_validate(model, hidden, X, params=dict(mask=mask), cv=2)["test_score"]
+    np.testing.assert_array_equal(scores, cross_val_score(model, marked, X, cv=2))
+
+
+def test_a_path_takes_a_mask(prior, Y):
+    mask = ~np.isnan(drop_entries(Y))
+    marked, hidden = np.where(mask, Y, np.nan), np.where(mask, Y, 1e3)
+    _, expected = aipo_path(marked, Denoising(), prior, lams=LAMS, **COMMON)
+    _, found = aipo_path(hidden, Denoising(), prior, lams=LAMS, mask=mask, **COMMON)
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(TypeError, match=r"pass lams=\[0.5\] in place of lam=0.5"):
+        aipo_path(Y, Denoising(), prior, lam=0.5)
 
 
 def test_predict_uses_the_chosen_lambda(prior, X, Y):

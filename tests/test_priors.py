@@ -1,10 +1,12 @@
 """Priors: densities in the user's units, what goes in and comes out, files, and closed forms."""
 
+import contextlib
 import copy
 import json
 import math
 import os
 import pickle
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -25,7 +27,7 @@ from skaipo import FlowPrior, GaussianPrior
 from skaipo.flows import Flow, Glow, RealNVP
 from skaipo.noise import GaussianNoise, NoiseModel
 from skaipo.operators import CompressedSensing, Denoising, Inpainting, MatrixOperator
-from skaipo.priors import _flow
+from skaipo.priors import _file
 
 IMAGE = (3, 4, 2)
 D = math.prod(IMAGE)
@@ -572,7 +574,7 @@ def test_failed_save_leaves_the_old_file(failing, saved, monkeypatch):
         raise OSError("No space left on device")
 
     if failing == "write":
-        monkeypatch.setattr(_flow, "save_file", partial_write)
+        monkeypatch.setattr(_file, "save_file", partial_write)
     else:
         monkeypatch.setattr(os, "replace", refuse)
     other = FlowPrior(make_flow())
@@ -587,8 +589,116 @@ def test_failed_save_leaves_the_old_file(failing, saved, monkeypatch):
 
 
 def test_save_into_a_missing_folder(tmp_path):
-    with pytest.raises(OSError, match="Could not write .*nowhere"):
-        FlowPrior(make_flow()).save(tmp_path / "nowhere" / "prior.safetensors")
+    for prior in (FlowPrior(make_flow()), GaussianPrior(np.zeros(2), np.eye(2))):
+        with pytest.raises(OSError, match="Could not write .*nowhere"):
+            prior.save(tmp_path / "nowhere" / "prior.safetensors")
+
+
+NORMALS = {
+    "fitted": lambda X: GaussianPrior().fit(X),
+    "shrunk": lambda X: GaussianPrior(shrinkage=np.float32(0.5)).fit(X),
+    "images": lambda X: GaussianPrior().fit(X.reshape(-1, *IMAGE)),
+    "given": lambda X: GaussianPrior(X.mean(0), np.cov(X.T) + np.eye(D), event_shape=IMAGE),
+}
+
+
+@pytest.mark.parametrize("name", NORMALS)
+def test_a_saved_normal_is_the_same_bit_for_bit(name, path):
+    X = np.random.default_rng(0).normal(size=(40, D)) * np.arange(1, D + 1)
+    prior = NORMALS[name](X)
+    prior.save(path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    other = GaussianPrior.load(str(path))
+    check_is_fitted(other)
+    for attribute in ("mean_", "covariance_"):
+        np.testing.assert_array_equal(getattr(other, attribute), getattr(prior, attribute))
+    np.testing.assert_array_equal(other.score_samples(X), prior.score_samples(X))
+    np.testing.assert_array_equal(other.transform(X), prior.transform(X))
+    np.testing.assert_array_equal(other.sample(5, random_state=1), prior.sample(5, random_state=1))
+    assert other.event_shape_ == prior.event_shape_ and other.n_features_in_ == D
+    assert other.shrinkage == prior.shrinkage
+    assert other.flow_.mean.dtype == torch.float64
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(other)).score_samples(X), prior.score_samples(X)
+    )
+    # It can be fitted anew, to other data.
+    again = clone(other).fit(X[:20])
+    assert np.isfinite(again.score(X)) and again.score(X) != prior.score(X)
+
+
+def test_an_unfitted_normal_cannot_be_saved(path):
+    with pytest.raises(NotFittedError, match=r"GaussianPrior.load\(path\)"):
+        GaussianPrior().save(path)
+    assert not path.exists()
+
+
+def test_files_of_the_other_prior_are_explained(path):
+    GaussianPrior(np.zeros(2), np.eye(2)).save(path)
+    with pytest.raises(ValueError, match=r"holds a GaussianPrior, .* GaussianPrior.load\(path\)"):
+        FlowPrior.load(path)
+    FlowPrior(make_flow()).save(path)
+    with pytest.raises(ValueError, match=r"holds a FlowPrior, .* FlowPrior.load\(path\)"):
+        GaussianPrior.load(path)
+
+
+NORMAL_EDITS = {
+    "newer format": (lambda i: i.update(format=99), {}, "format 99, .* reads 1: update skaipo"),
+    "nothing": (lambda i: i.pop("gaussian") and None, {}, "no skaipo prior.*GaussianPrior.save"),
+    "no shape": (lambda i: i["gaussian"].pop("event_shape") and None, {}, "no skaipo prior"),
+    "text": (lambda i: i.update(gaussian="text"), {}, "no skaipo prior"),
+    "another shape": (lambda i: i["gaussian"].update(event_shape=[3]), {}, "do not fit its event"),
+    "float32": (None, {"mean": torch.zeros(2)}, "do not fit its event shape .*float32"),
+    "infinite": (None, {"mean": torch.full((2,), torch.inf).double()}, "must be finite"),
+    "not lower": (None, {"cholesky": torch.ones(2, 2).double()}, "lower triangular"),
+    "not positive": (None, {"cholesky": -torch.eye(2).double()}, "positive diagonal"),
+}
+
+
+@pytest.mark.parametrize("case", NORMAL_EDITS)
+def test_wrong_files_of_a_normal_are_explained(case, path):
+    GaussianPrior(np.zeros(2), np.eye(2)).save(path)
+    change, tensors, message = NORMAL_EDITS[case]
+    edit(path, change or (lambda info: None), load_file(path) | tensors)
+    with pytest.raises(ValueError, match=message) as caught:
+        GaussianPrior.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_damaged_and_missing_files_of_a_normal(path):
+    with pytest.raises(FileNotFoundError, match="No file at"):
+        GaussianPrior.load(path)
+    GaussianPrior(np.zeros(2), np.eye(2)).save(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"not a whole safetensors file .* GaussianPrior.save"):
+        GaussianPrior.load(path)
+
+
+@pytest.mark.parametrize("flow", ["realnvp", "glow"])
+@pytest.mark.parametrize("shape", [(8, 8, 3), (8, 6, 4), (8, 8, 1)])
+def test_channels_last_images_are_told(flow, shape):
+    X = np.random.default_rng(0).normal(size=(12, *shape))
+    options = dict(n_levels=1, n_steps=1, hidden_channels=4, max_epochs=1, random_state=0)
+    told = r"pass X.transpose\(0, 3, 1, 2\), of shape \(n_samples, {}, {}, {}\)"
+    told = told.format(shape[2], *shape[:2])
+    for prior, images in (
+        (FlowPrior(flow, **options), X),
+        (FlowPrior(flow, event_shape=shape, **options), X.reshape(12, -1)),
+    ):
+        # (Where the flow can take them at all.)
+        with pytest.warns(UserWarning, match=told), contextlib.suppress(ValueError):
+            prior.fit(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FlowPrior(flow, **options).fit(X.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 4), (1, 8, 4), (4, 4, 4), (2, 8, 4), (8, 2)])
+def test_channels_first_images_are_not_told_off(shape, recwarn):
+    options = dict(n_levels=1, n_steps=1, hidden_channels=4, max_epochs=1, random_state=0)
+    X = np.random.default_rng(0).normal(size=(12, *shape))
+    with contextlib.suppress(ValueError):
+        FlowPrior(**options).fit(X)
+    assert not [w for w in recwarn if "transpose" in str(w.message)]
 
 
 def test_a_users_own_flow_cannot_be_saved(path):

@@ -15,10 +15,10 @@ from sklearn.utils.validation import check_is_fitted
 
 from skaipo._checkpoint import Checkpoint, describe_run
 from skaipo._progress import Progress
-from skaipo._reconstruct import Problem, Reconstruction, solve_chunk
+from skaipo._reconstruct import Problem, Reconstruction, far_off, solve_chunk
 from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
 from skaipo.flows._foreign import is_flow
-from skaipo.noise import GaussianNoise, as_noise
+from skaipo.noise import CorrelatedGaussianNoise, GaussianNoise, as_noise
 from skaipo.noise._base import named_rows
 from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
@@ -36,8 +36,10 @@ from skaipo.solvers import (
     surrogate_of,
 )
 
-__all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior"]
+__all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior", "masked"]
 
+# From here on a result says something of the problem, and not of the start alone.
+_SOME_EVALS = 20
 INITS = ("auto", "gaussian", "mle", "zero", "random")
 _METHODS = {"hybrid": Hybrid, "lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 
@@ -72,7 +74,7 @@ def is_learnt(op):
     return hasattr(op, "learn")
 
 
-def _masked(y, mask, shapes):
+def masked(y, mask, shapes):
     """Measurements (n, m) with NaN where a mask is False; ``shapes`` are those of one."""
     values = mask if isinstance(mask, torch.Tensor) else np.asarray(mask)
     wanted = "mask must be boolean, or hold only 0 and 1 (True: measured)"
@@ -112,6 +114,10 @@ def _check_measurements(noise, op, y):
 
 class Reconstructor(ShortRepr, BaseEstimator):
     """What all estimators share: priors, validation, chunks, results."""
+
+    # Metadata routing: what belongs to the measurements goes wherever they go, unless a request
+    # says otherwise. (Where fit asks and transform does not, fit_transform cannot be routed.)
+    __metadata_request__fit = dict(mask=True, op_params=True)
 
     def _is_ready(self):
         """Whether there is nothing left to learn."""
@@ -167,7 +173,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
     def __sklearn_is_fitted__(self):
         return hasattr(self, "prior_") or self._is_ready()
 
-    def fit(self, X=None, y=None, *, prior=None):
+    def fit(self, X=None, y=None, *, prior=None, mask=None, op_params=None):
         """Make the prior ready: take it, or train it on clean data.
 
         Parameters
@@ -180,6 +186,10 @@ class Reconstructor(ShortRepr, BaseEstimator):
             Clean data, on which an unfitted ``prior`` is trained.
         prior : prior, default=None
             The same as the first argument, by name.
+        mask : array-like of bool of the shape of X, default=None
+            False where a value of ``X`` is to be ignored, as if it were NaN.
+        op_params : array-like of shape (n_samples, ...), default=None
+            What the operator takes per row (its kernel, its mask), for operators that do.
 
         Returns
         -------
@@ -205,8 +215,13 @@ class Reconstructor(ShortRepr, BaseEstimator):
         self._check_params()
         if self.prior is None:
             raise self._no_prior()
+        if X is None and not (mask is None and op_params is None):
+            raise TypeError(
+                f"mask and op_params belong to measurements, and {type(self).__name__}.fit got "
+                f"none: pass fit(Y, mask=mask), or leave them to the method that gets Y."
+            )
         self._one_output = False
-        clean = self._clean_data(X, y)
+        clean = self._clean_data(X, y, mask)
         if is_fitted(self.prior):
             self.prior_ = self.prior
         elif clean is None:
@@ -217,16 +232,21 @@ class Reconstructor(ShortRepr, BaseEstimator):
         if is_learnt(self.op):
             if clean is None:
                 raise self._nothing_to_learn_from(f"The operator {type(self.op).__name__}")
-            measured, _, _ = check_batch(
+            measured, _, shape = check_batch(
                 X, estimator=self, reset=True, name="X", allow_nan=True, dtype=torch.float64
             )
+            if mask is not None:
+                measured = masked(measured, mask, {(measured.shape[1],), shape})
             flat, _, _ = check_batch(clean, name="y", dtype=torch.float64)
             self.op_ = self.op.learn(to_numpy(flat), to_numpy(measured))
         op = self._bind_op(self.prior_)
         noise = self._noise_for(op)
         vars(self).pop("noise_", None)
         if X is not None:
-            measured, _, _ = self._measurements(X, op, reset=True)
+            measured, _, _ = self._measurements(X, op, reset=True, mask=mask)
+            if op_params is not None:
+                params = op.check_params(op_params, len(measured), like=measured)
+                measured = torch.where(op.given(params).measured(measured), measured, torch.nan)
             _check_measurements(noise, op, measured)
             if noise.is_estimated:
                 self.noise_ = noise = noise.estimate(measured, op)
@@ -241,7 +261,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             )
         return self
 
-    def _clean_data(self, X, y):
+    def _clean_data(self, X, y, mask):
         """What an unfitted prior or operator may learn from, or None."""
         return None if y is None else self._check_clean(X, y)
 
@@ -337,7 +357,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             dtype=dtype,
         )
         if mask is not None:
-            y = _masked(y, mask, {(y.shape[1],), shape, op.measurement_shape_})
+            y = masked(y, mask, {(y.shape[1],), shape, op.measurement_shape_})
         return y, layout, shape
 
     def _target(self):
@@ -517,7 +537,32 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 ConvergenceWarning,
                 stacklevel=2,
             )
+        self._warn_if_far_off(result)
         return result
+
+    def _warn_if_far_off(self, result):
+        """Tell of results that no true image explains; only Gaussian noise says what is usual."""
+        known = isinstance(self.noise, GaussianNoise | CorrelatedGaussianNoise)
+        # (After a handful of evaluations far off is where it began.)
+        if not known or self.max_evals < _SOME_EVALS:
+            return
+        flow = self._ready_prior().flow_
+        far = far_off(result, flow, self.penalty) & (result.status != "diverged")
+        # One odd row is the row's own affair.
+        if 2 * int(far.sum()) <= len(far):
+            return
+        quotient = np.median(2 * result.misfit[far] / result.n_observed[far])
+        warnings.warn(
+            f"{int(far.sum())} of {len(far)} results are far from what prior and noise expect of "
+            f"any image: residuals of {math.sqrt(quotient):.3g} sigma, log-density "
+            f"{np.median(result.log_prob[far]):.4g} where images of the prior have "
+            f"{flow.typical_log_prob():.4g} (medians). Are the measurements, sigma and the images "
+            f"that the prior was trained on in the same units, and is the operator the right one? "
+            f"(Or is max_evals={self.max_evals} far too small, or the start far from the solution? "
+            f"Try n_starts=2.)",
+            UserWarning,
+            stacklevel=3,
+        )
 
     def _predict(self, Y, mask, checkpoint=None, op_params=None):
         """The reconstructions alone, with a warning that counts what did not converge."""

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, RegressorMixin, TransformerMixin
 
 from skaipo._validation import check_batch, to_numpy
-from skaipo.estimators._base import Reconstructor, is_fitted, is_learnt
+from skaipo.estimators._base import Reconstructor, is_fitted, is_learnt, masked
 from skaipo.objective import check_choice
 from skaipo.operators import as_operator
 from skaipo.solvers import AdaptiveSchedule, DirectSchedule, GeometricSchedule, LinearSchedule
@@ -23,6 +23,9 @@ _SCHEDULES = {
 
 class Regressor(RegressorMixin, Reconstructor):
     """The estimators that predict clean images from measurements."""
+
+    __metadata_request__predict = dict(mask=True, op_params=True)
+    __metadata_request__score = dict(mask=True, op_params=True)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -43,8 +46,7 @@ class Regressor(RegressorMixin, Reconstructor):
             Directory that keeps the finished chunks of rows, so that the same call goes on there
             if the process was killed; see :meth:`reconstruct`.
         op_params : array-like of shape (n_samples, ...), default=None
-            What the operator takes per row (its kernel, its mask), for operators that do. With
-            ``set_predict_request(op_params=True)`` pipelines and searches route it.
+            What the operator takes per row (its kernel, its mask), for operators that do.
 
         Returns
         -------
@@ -55,7 +57,7 @@ class Regressor(RegressorMixin, Reconstructor):
         X = self._predict(Y, mask, checkpoint, op_params)
         return X.reshape(len(X)) if getattr(self, "_one_output", False) else X
 
-    def score(self, X, y, sample_weight=None, op_params=None):
+    def score(self, X, y, sample_weight=None, op_params=None, mask=None):
         """Coefficient of determination, pooled over pixels.
 
         ``1 - sum (x - x_hat)^2 / sum (x - mean)^2`` with one mean per pixel and one quotient over
@@ -68,16 +70,20 @@ class Regressor(RegressorMixin, Reconstructor):
         y : array-like of shape (n_samples, d)
             Clean images.
         sample_weight : array-like of shape (n_samples,), default=None
-        op_params : array-like of shape (n_samples, ...), default=None
+        op_params, mask : array-like of shape (n_samples, ...), default=None
             As in :meth:`predict`.
 
         Returns
         -------
         score : float
         """
-        params = {} if op_params is None else dict(op_params=op_params)
-        predicted = np.asarray(self.predict(X, **params), dtype=np.float64)
-        true = np.asarray(y, dtype=np.float64)
+        params = dict(op_params=op_params, mask=mask)
+        params = {name: value for name, value in params.items() if value is not None}
+        predicted, true = (
+            # (Of a GPU's tensors, numpy takes none.)
+            np.asarray(to_numpy(images) if hasattr(images, "detach") else images, dtype=np.float64)
+            for images in (self.predict(X, **params), y)
+        )
         if len(true) != len(predicted):
             raise ValueError(f"y holds {len(true)} images for {len(predicted)} measurements.")
         true, predicted = true.reshape(len(true), -1), predicted.reshape(len(true), -1)
@@ -277,7 +283,9 @@ class AIPOTransformer(
     array([[1. , 0.9]])
     """
 
-    def _clean_data(self, X, y):
+    __metadata_request__transform = dict(mask=True, op_params=True)
+
+    def _clean_data(self, X, y, mask):
         # y holds labels here. What an unfitted prior learns from is X itself.
         if X is None or (self.prior is not None and is_fitted(self.prior)):
             return None
@@ -287,7 +295,17 @@ class AIPOTransformer(
                 f"{type(self.op).__name__} measures are none: pass a fitted prior."
             )
         x, _, shape = check_batch(X, estimator=self, reset=True, name="X", allow_nan=True)
+        if mask is not None:
+            x = masked(x, mask, {(x.shape[1],), shape})
         whole = ~x.isnan().any(1)
+        if not whole.any():
+            raise ValueError(
+                f"{type(self).__name__} trains its prior {type(self.prior).__name__} on the rows "
+                f"that it is given, as far as they are whole images, and all of these {len(x)} "
+                f"have missing values. Pass a fitted prior, {type(self).__name__}(op, "
+                f"prior={type(self.prior).__name__}().fit(X_clean)), or fit on clean images "
+                f"and transform the others."
+            )
         if not whole.all():
             warnings.warn(
                 f"{int((~whole).sum())} of {len(x)} rows have missing values and are left out when "
@@ -301,9 +319,10 @@ class AIPOTransformer(
     def _n_features_out(self):
         return self._ready_prior().flow_.n_features
 
-    def fit_transform(self, X, y=None, *, prior=None, mask=None):
+    def fit_transform(self, X, y=None, *, prior=None, mask=None, checkpoint=None, op_params=None):
         """Fit, then reconstruct the same rows; see :meth:`fit` and :meth:`transform`."""
-        return self.fit(X, y, prior=prior).transform(X, mask)
+        self.fit(X, y, prior=prior, mask=mask, op_params=op_params)
+        return self.transform(X, mask, checkpoint, op_params)
 
     def transform(self, Y, mask=None, checkpoint=None, op_params=None):
         """Reconstruct a batch of measurements.

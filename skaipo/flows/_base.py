@@ -207,7 +207,7 @@ class Flow(nn.Module):
         other = copy.copy(self)
         kept = torch.linspace(0, len(x) - 1, min(len(x), 1024), dtype=torch.float64)
         other.clean = x[kept.round().long()].clone()
-        other._data_scale = None
+        other._data_scale = other._typical_log_prob = None
         return other
 
     def typical(self, n_samples, seed=0):
@@ -272,6 +272,17 @@ class Flow(nn.Module):
                 spread = factor * float(spread.square().mean().sqrt())
                 self._data_scale = max(spread, torch.finfo(x.dtype).tiny)
         return self._data_scale
+
+    def typical_log_prob(self):
+        """Median log-density of images like those of the prior, in nats, by a few fixed samples.
+
+        Cached; NaN where none is finite.
+        """
+        if getattr(self, "_typical_log_prob", None) is None:
+            with torch.inference_mode(False), torch.no_grad():
+                log_prob = self.log_prob(self.typical(32).to(self.loc))
+            self._typical_log_prob = float(log_prob[log_prob.isfinite()].median())
+        return self._typical_log_prob
 
     def sample(self, n_samples=1, temperature=1.0, generator=None):
         """Draw samples.

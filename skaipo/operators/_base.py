@@ -12,6 +12,7 @@ import scipy.sparse as sp
 import torch
 from sklearn.base import BaseEstimator
 
+from skaipo._keywords import CheckedKeywords
 from skaipo.operators._iterative import ConjugateGradientProjector, power_norm
 from skaipo.operators._params import OneRow, RowParameters
 from skaipo.operators._projector import AffineProjector, check_same_rows
@@ -39,8 +40,8 @@ def describe(value):
     return repr(value)
 
 
-class ShortRepr:
-    """Mixin for estimators, before ``BaseEstimator``: a repr of what is not default, described."""
+class ShortRepr(CheckedKeywords):
+    """Mixin, before ``BaseEstimator``: a repr of what is not default, errors for misspelt names."""
 
     def _describe(self, value):
         return describe(value)

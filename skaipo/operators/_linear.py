@@ -11,7 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.base import BaseEstimator
 
-from skaipo.operators._base import AffineProjector, Operator, check_same_rows
+from skaipo.operators._base import AffineProjector, Operator, ShortRepr, check_same_rows
 
 __all__ = ["CompressedSensing", "LeastSquaresOperator", "MatrixOperator"]
 
@@ -319,7 +319,7 @@ class MatrixOperator(_LinearMap):
                 )
 
 
-class LeastSquaresOperator(BaseEstimator):
+class LeastSquaresOperator(ShortRepr, BaseEstimator):
     """An affine operator that is learnt from pairs: for when nobody wrote down the physics.
 
     ``fit(Y, X_clean)`` of an estimator learns ``y = A x + offset`` by ridge regression and

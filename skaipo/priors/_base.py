@@ -57,8 +57,8 @@ class Prior(
         if flow is None:
             raise NotFittedError(
                 f"This {type(self).__name__} is not fitted yet: call fit(X) with clean data, load "
-                f"a saved prior with FlowPrior.load(path), or wrap a trained flow module with "
-                f"FlowPrior(flow=module)."
+                f"a saved prior with {type(self).__name__}.load(path), or wrap a trained flow "
+                f"module with FlowPrior(flow=module)."
             )
         return flow
 

@@ -2,15 +2,12 @@
 
 import contextlib
 import copy
-import json
 import math
 import numbers
-import os
+import warnings
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from sklearn.utils import check_random_state
 
 from skaipo._training import TrainingDivergedError, train_flow
@@ -18,10 +15,10 @@ from skaipo._validation import check_batch, resolve_device
 from skaipo.flows import as_flow, build_flow
 from skaipo.flows._foreign import ForeignFlow, is_flow
 from skaipo.priors._base import Packed, Prior
+from skaipo.priors._file import read_file, unreadable, write_file
 
 __all__ = ["FlowPrior"]
 
-_FORMAT = 1
 # Samples whose moments are worth more than those of the flow's own samples cost.
 _ENOUGH = 64
 # What a file says of its architecture, under the names of the constructor.
@@ -43,6 +40,23 @@ _TRAINING = (
     "early_stopping",
     "n_iter_no_change",
 )
+
+
+def _warn_of_channels_last(shape):
+    """Images are (C, H, W); most who come with (H, W, 3) did not mean an image three pixels wide"""
+    if len(shape) != 3:
+        return
+    height, width, channels = shape
+    few = channels in (3, 4) or (channels == 1 and height == width)
+    if few and min(height, width) > 4:
+        warnings.warn(
+            f"The images have shape {tuple(shape)}, which is taken for {height} channels of "
+            f"{width} x {channels} pixels. If these are images of {height} x {width} pixels with "
+            f"{channels} channels, pass X.transpose(0, 3, 1, 2), of shape (n_samples, {channels}, "
+            f"{height}, {width}), and the measurements alike.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 class FlowPrior(Prior):
@@ -277,6 +291,7 @@ class FlowPrior(Prior):
             return self
         self._check_params(len(x))
         event_shape = tuple(event_shape) if event_shape is not None else shape
+        _warn_of_channels_last(event_shape)
         if self.horizontal_flips and len(event_shape) != 3:
             raise ValueError(
                 f"horizontal_flips=True needs images, but the samples have shape {event_shape}. "
@@ -410,21 +425,11 @@ class FlowPrior(Prior):
                 f"its own library and wrap it again with FlowPrior(flow=module)."
             ) from None
         info = {
-            "format": _FORMAT,
             "flow": config,
             "dtype": str(flow.loc.dtype).removeprefix("torch."),
             "dequantize_level": getattr(self, "dequantize_level_", 0.0),
         }
-        tensors = {k: v.detach().cpu().contiguous() for k, v in flow.state_dict().items()}
-        temporary = f"{os.fspath(path)}.partial"
-        try:
-            save_file(tensors, temporary, metadata={"skaipo": json.dumps(info, sort_keys=True)})
-            os.replace(temporary, path)
-        except SafetensorError as error:
-            raise OSError(f"Could not write {os.fspath(path)!r}: {error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
+        write_file(path, flow.state_dict(), info)
 
     @classmethod
     def load(cls, path, device="auto"):
@@ -447,32 +452,11 @@ class FlowPrior(Prior):
         ValueError
             If the file is truncated, not a safetensors file, or not a prior of this package.
         """
-        path = os.fspath(path)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"No file at {path!r}.")
+        path, info, tensors = read_file(path, "flow")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path!r} is not a whole safetensors file ({error}). It may be truncated; save "
-                f"the prior again with FlowPrior.save."
-            ) from error
-        try:
-            info = json.loads(metadata["skaipo"])
-            config = dict(info["flow"])
-            version, dtype = info["format"], getattr(torch, info["dtype"])
+            config, dtype = dict(info["flow"]), getattr(torch, info["dtype"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{path!r} is a safetensors file, but its metadata holds no skaipo prior: it was "
-                f"not written by FlowPrior.save."
-            ) from error
-        if version != _FORMAT:
-            raise ValueError(
-                f"{path!r} has format {version}, this version of skaipo reads {_FORMAT}: update "
-                f"skaipo."
-            )
+            raise unreadable(path, "flow") from error
         try:
             options = {k: v for k, v in config.items() if k not in ("class", "event_shape")}
             # Building draws initial weights; leave torch's global generator as it was found.

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import operator
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from skaipo.flows import Flow
 from skaipo.noise import CorrelatedGaussianNoise, GaussianNoise, SquaredError, as_noise
 from skaipo.operators import as_operator
 from skaipo.priors._base import Prior
+from skaipo.priors._file import read_file, unreadable, write_file
 
 __all__ = ["GaussianPrior"]
 
@@ -18,15 +20,9 @@ __all__ = ["GaussianPrior"]
 class _GaussianFlow(Flow):
     """Linear flow of a normal distribution: ``z = C^-1 (x - mean)``, covariance ``C C^T``."""
 
-    def __init__(self, mean, covariance, event_shape):
+    def __init__(self, mean, cholesky, event_shape):
         super().__init__(event_shape)
         self.double()
-        cholesky, info = torch.linalg.cholesky_ex(covariance)
-        if info:
-            raise ValueError(
-                "covariance must be symmetric positive definite; its Cholesky factorisation "
-                "failed. Add a small multiple of the identity (shrinkage)."
-            )
         self.register_buffer("mean", mean)
         self.register_buffer("cholesky", cholesky)
 
@@ -45,7 +41,7 @@ class GaussianPrior(Prior):
     """A multivariate normal prior, for which reconstruction has a closed form.
 
     A real baseline where images are few, and the reference that the solvers are tested against.
-    All arithmetic is in float64.
+    All arithmetic is in float64. :meth:`save` and :meth:`load` keep one in a file.
 
     Parameters
     ----------
@@ -124,8 +120,13 @@ class GaussianPrior(Prior):
 
     @staticmethod
     def _build(mean, covariance, event_shape):
-        flow = _GaussianFlow(to_tensor(mean), to_tensor(covariance), event_shape)
-        return flow.eval().requires_grad_(False)
+        cholesky, info = torch.linalg.cholesky_ex(to_tensor(covariance))
+        if info:
+            raise ValueError(
+                "covariance must be symmetric positive definite; its Cholesky factorisation "
+                "failed. Add a small multiple of the identity (shrinkage)."
+            )
+        return _GaussianFlow(to_tensor(mean), cholesky, event_shape).eval().requires_grad_(False)
 
     @property
     def mean_(self):
@@ -176,6 +177,76 @@ class GaussianPrior(Prior):
         event_shape = tuple(event_shape) if event_shape is not None else shape
         self._fitted_flow = self._build(x.mean(0), covariance, event_shape)
         return self
+
+    def save(self, path):
+        """Write the prior to a ``.safetensors`` file: moments, and a JSON config as metadata.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Written whole or not at all.
+
+        Raises
+        ------
+        NotFittedError
+            If there are no moments yet.
+        OSError
+            If the file cannot be written.
+        """
+        flow = self.flow_
+        shrinkage = self.shrinkage if isinstance(self.shrinkage, str) else float(self.shrinkage)
+        config = {"event_shape": list(flow.event_shape), "shrinkage": shrinkage}
+        # The factor, not the covariance: what is read back is then the same, bit for bit.
+        write_file(path, {"mean": flow.mean, "cholesky": flow.cholesky}, {"gaussian": config})
+
+    @classmethod
+    def load(cls, path):
+        """Read a prior that :meth:`save` wrote. Nothing in the file is executed.
+
+        Parameters
+        ----------
+        path : str or path-like
+
+        Returns
+        -------
+        prior : GaussianPrior
+            Fitted, as if by ``fit``: ``mean`` and ``covariance`` are None, ``mean_`` and
+            ``covariance_`` what they were.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is truncated, not a safetensors file, or not a GaussianPrior.
+        """
+        path, info, tensors = read_file(path, "gaussian")
+        try:
+            config = info["gaussian"]
+            event_shape = tuple(operator.index(n) for n in config["event_shape"])
+            shrinkage = config.get("shrinkage", "auto")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise unreadable(path, "gaussian") from error
+        d = math.prod(event_shape)
+        expected = {"mean": (d,), "cholesky": (d, d)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != expected or any(t.dtype != torch.float64 for t in tensors.values()):
+            raise ValueError(
+                f"The moments in {path!r} do not fit its event shape {event_shape}: expected "
+                f"float64 tensors {expected}, got {shapes} of dtypes "
+                f"{[str(t.dtype) for t in tensors.values()]}."
+            )
+        mean, cholesky = tensors["mean"], tensors["cholesky"]
+        is_factor = torch.equal(cholesky, cholesky.tril()) and (cholesky.diagonal() > 0).all()
+        if not (is_factor and mean.isfinite().all() and cholesky.isfinite().all()):
+            raise ValueError(
+                f"The moments in {path!r} are no normal distribution: they must be finite, and the "
+                f"factor of the covariance lower triangular with a positive diagonal."
+            )
+        prior = cls(shrinkage=shrinkage, event_shape=event_shape)
+        prior._fitted_flow = _GaussianFlow(mean, cholesky, event_shape).eval().requires_grad_(False)
+        prior.n_features_in_ = d
+        return prior
 
     def map_estimate(self, Y, op, noise=None, lam=1.0):
         """Closed-form minimiser of ``nll(y, A x) - lam * log p(x)`` for a linear operator.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from sklearn.base import BaseEstimator
 
+from skaipo._keywords import CheckedKeywords
 from skaipo.objective import Evaluation, check_choice
 
 __all__ = ["STATUS", "Method", "Solution", "minimize"]
@@ -40,7 +41,7 @@ class Solution:
     memory: dict
 
 
-class Method(BaseEstimator):
+class Method(CheckedKeywords, BaseEstimator):
     """An update rule: proposes trial points row by row and learns from what they gave.
 
     Its memory is a dictionary of tensors whose first dimension runs over the active rows, so that

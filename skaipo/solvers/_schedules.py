@@ -5,6 +5,8 @@ import math
 import numpy as np
 from sklearn.base import BaseEstimator
 
+from skaipo._keywords import CheckedKeywords
+
 __all__ = [
     "AdaptiveSchedule",
     "DirectSchedule",
@@ -14,7 +16,7 @@ __all__ = [
 ]
 
 
-class DirectSchedule(BaseEstimator):
+class DirectSchedule(CheckedKeywords, BaseEstimator):
     """No continuation: the target from the first step."""
 
     tol = 0.0
@@ -28,7 +30,7 @@ class DirectSchedule(BaseEstimator):
         return max_evals
 
 
-class LinearSchedule(BaseEstimator):
+class LinearSchedule(CheckedKeywords, BaseEstimator):
     """Equal steps, ``lam_k = k lam / n_stages``, as in Algorithm 1 of Liu et al. (2023).
 
     Parameters
@@ -72,7 +74,7 @@ class LinearSchedule(BaseEstimator):
         return max_evals
 
 
-class GeometricSchedule(BaseEstimator):
+class GeometricSchedule(CheckedKeywords, BaseEstimator):
     """Fixed lambdas in equal ratios, the trunk, from which every target branches off.
 
     The trunk does not depend on the target: it ends at the anchor, the lambda at which prior and
@@ -114,7 +116,7 @@ class GeometricSchedule(BaseEstimator):
         return max(2, math.ceil((1 - self.share) * max_evals))
 
 
-class TheorySchedule(BaseEstimator):
+class TheorySchedule(CheckedKeywords, BaseEstimator):
     """Algorithm 1 of Liu et al. (2023): stages and steps that reach the global minimiser.
 
     With gradient steps of length ``1 / L`` (``GradientDescent(lipschitz=L)``) the result is within
@@ -200,7 +202,7 @@ class TheorySchedule(BaseEstimator):
         return max(1, self._steps(2 * self.delta / self.epsilon))
 
 
-class AdaptiveSchedule(BaseEstimator):
+class AdaptiveSchedule(CheckedKeywords, BaseEstimator):
     """Each row takes the steps in lambda that it can follow: predictor and corrector.
 
     The predictor is the secant through a row's last two solutions (Allgower & Georg, 1990, chapter
