@@ -853,7 +853,7 @@ def test_mask_of_a_transformer_is_routed(gaussian, X, Y):
 @pytest.mark.parametrize(
     "mask, message",
     [
-        (np.ones((24, D)), "boolean"),
+        (np.full((24, D), 0.5), "boolean"),
         (np.ones((24, D - 1), dtype=bool), "shape of Y"),
         (np.ones(D, dtype=bool), "shape of Y"),
         (np.zeros((24, D), dtype=bool), "24 row"),
