@@ -65,6 +65,9 @@ class Method(CheckedKeywords, BaseEstimator):
         """Return the memory for a batch that starts at ``u``."""
         raise TypeError(f"{type(self).__name__} does not implement start.")
 
+    def plan(self, memory, steps, rows):
+        """Told, in the rows of a boolean mask, how many steps (n,) the budget allows from here."""
+
     def propose(self, memory, u, evaluation, lam, progress):
         """Return trial points (n, d). ``progress`` (n,) in [0, 1]: share of the budget spent."""
         raise TypeError(f"{type(self).__name__} does not implement propose.")
@@ -151,6 +154,9 @@ def minimize(
         memory = method.start(objective, u, evaluation, lam)
     else:
         method.retarget(memory, u, evaluation, lam, torch.ones_like(lam, dtype=torch.bool))
+    if anneal:
+        steps = (budget - objective.n_evals).clamp_min(0)
+        method.plan(memory, steps, torch.ones_like(lam, dtype=torch.bool))
     status = torch.full((n,), _RUNNING, dtype=torch.long, device=u.device)
     # A start that cannot be evaluated leaves nothing to roll back to.
     status[~evaluation.finite(lam)] = DIVERGED

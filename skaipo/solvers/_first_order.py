@@ -8,6 +8,10 @@ from skaipo.solvers._base import Method, with_metric
 
 __all__ = ["Adam", "GradientDescent"]
 
+_BETAS = (0.9, 0.999)
+# Up to how many steps the preconditioned method takes its full learning rate.
+_STEPS = 75.0
+
 
 class Adam(Method):
     """Adam (Kingma & Ba, 2015) with moments, step count and step size per row.
@@ -17,8 +21,11 @@ class Adam(Method):
     learning_rate : float, default=None
         In units of the variable's typical size: the data's standard deviation in image space, 1
         in latent space. With the preconditioner, in standard deviations of the Gaussian posterior.
-        None: 0.02; with the preconditioner 0.3.
-    betas : tuple of float, default=(0.9, 0.999)
+        None: 0.02; with the preconditioner at most 0.3, and less where the budget allows for more
+        than some dozen steps, as the cube root of their number.
+    betas : tuple of float, default=None
+        None: ``(0.9, 0.999)``; with the preconditioner and 150 steps ahead or more, the first
+        moment averages over a fifteenth of them, up to 50.
     final_rate : float, default=0.01
         Share of the learning rate that is left when the budget ends, along half a cosine over the
         stage at the target lambda. 1 keeps it constant.
@@ -33,7 +40,7 @@ class Adam(Method):
     def __init__(
         self,
         learning_rate=None,
-        betas=(0.9, 0.999),
+        betas=None,
         final_rate=0.01,
         warm_up=0,
         preconditioner=None,
@@ -59,10 +66,12 @@ class Adam(Method):
             square=moment.clone(),
             row=row,
             steps=torch.zeros_like(lam),
+            betas=lam.new_tensor(_BETAS if self.betas is None else self.betas).repeat(len(lam), 1),
             # betas to the power of the number of steps; products, because the vectorised power
             # rounds differently from row to row.
             powers=lam.new_ones(len(lam), 2),
             rate=torch.full_like(lam, self._rate(objective)),
+            pace=torch.ones_like(lam),
         )
 
     def _rate(self, objective):
@@ -71,12 +80,25 @@ class Adam(Method):
         rate = 0.02 if self.learning_rate is None else self.learning_rate
         return rate * objective.scale()
 
+    def plan(self, memory, steps, rows):
+        if self._metric is None:
+            return
+        # Kinks are noise to the gradient. The more steps there are, the longer it pays to average
+        # over it, and the smaller steps get where the same way.
+        steps = steps[rows].clamp_min(1).to(torch.float64)
+        if self.learning_rate is None:
+            pace = (_STEPS / steps).clamp_max(1.0) ** (1 / 3)
+            memory["pace"][rows] = pace.to(memory["pace"].dtype)
+        if self.betas is None:
+            first = 1 - 1 / (steps / 15).clamp(10.0, 50.0)
+            memory["betas"][rows, 0] = first.to(memory["betas"].dtype)
+
     def direction(self, memory, gradient):
         """Update the moments by a gradient; return the bias-corrected step of unit rate."""
-        first, second = self.betas
-        memory["powers"] *= gradient.new_tensor(self.betas)
+        memory["powers"] *= memory["betas"]
+        first, second = memory["betas"][:, :1], memory["betas"][:, 1:]
         memory["mean"].lerp_(gradient, 1 - first)
-        memory["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        memory["square"].lerp_(gradient.square(), 1 - second)
         mean = memory["mean"] / (1 - memory["powers"][:, :1])
         square = memory["square"] / (1 - memory["powers"][:, 1:])
         return -mean / (square.sqrt() + torch.finfo(gradient.dtype).tiny ** 0.5)
@@ -93,7 +115,7 @@ class Adam(Method):
             row = memory["row"]
             step = self.direction(memory, self._metric.whiten(gradient, lam, row))
             step = self._metric.colour(step, lam, row)
-        return u + (memory["rate"] * decay)[:, None] * step
+        return u + (memory["rate"] * memory["pace"] * decay)[:, None] * step
 
     def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
         return ok

@@ -55,6 +55,8 @@ class Hybrid(Method):
             # Share of the budget that was spent, now and when the row changed over.
             progress=torch.zeros_like(lam),
             since=torch.zeros_like(lam),
+            # Steps from the start of the clock, where the budget is known.
+            ahead=torch.full_like(lam, torch.nan),
         )
         for part, method in zip(("smooth", "rough"), self._both(), strict=True):
             for key, value in method.start(objective, u, evaluation, lam).items():
@@ -69,6 +71,13 @@ class Hybrid(Method):
         yield self._both()[part == "rough"], own
         for key, value in own.items():
             memory[prefix + key] = value
+
+    def plan(self, memory, steps, rows):
+        memory["ahead"] = torch.where(rows, steps.to(memory["ahead"].dtype), memory["ahead"])
+        with self._part(memory, "smooth") as (smooth, own):
+            smooth.plan(own, steps, rows & ~memory["changed"])
+        with self._part(memory, "rough") as (rough, own):
+            rough.plan(own, steps, rows & memory["changed"])
 
     def propose(self, memory, u, evaluation, lam, progress):
         changed = memory["changed"]
@@ -96,6 +105,10 @@ class Hybrid(Method):
                 gave_up = smooth.gave_up(own) & ~changed
             memory["since"] = torch.where(gave_up, memory["progress"], memory["since"])
             memory["changed"] = changed | gave_up
+            left = memory["ahead"] * (1 - memory["progress"])
+            if (planned := gave_up & left.isfinite()).any():
+                with self._part(memory, "rough") as (rough, own):
+                    rough.plan(own, left, planned)
         if changed.any():
             with self._part(memory, "rough") as (rough, own):
                 accept = accept | (rough.update(own, *args, ok & changed) & changed)
