@@ -466,6 +466,30 @@ def test_on_a_normal_prior_the_start_is_the_answer():
     np.testing.assert_allclose(x, prior.map_estimate(y, op, noise, 0.7), atol=1e-8)
 
 
+def test_adam_in_the_metric_paces_itself_by_the_steps_ahead():
+    objective, *_ = gaussian_problem()
+    u, lam = torch.zeros(6, 6).double(), torch.ones(6).double()
+    steps, rows = torch.tensor([1, 75, 150, 600, 1200, 1200]), torch.arange(6) < 5
+
+    def planned(method, objective):
+        method = method.prepare(objective)
+        memory = method.start(objective, u, objective.evaluate(u), lam)
+        method.plan(memory, steps, rows)
+        return memory["pace"], memory["betas"]
+
+    pace, betas = planned(Adam(preconditioner="gaussian"), objective)
+    # The last row was not asked for.
+    torch.testing.assert_close(pace**3, torch.tensor([1, 1, 1 / 2, 1 / 8, 1 / 16, 1]).double())
+    window = 1 / (1 - betas[:, 0])
+    torch.testing.assert_close(window, torch.tensor([10, 10, 10, 40, 50, 10]).double())
+    assert (betas[:, 1] == 0.999).all()
+    # What is given stays, and so does the method of the paper, which has no metric.
+    given = Adam(0.2, betas=(0.8, 0.99), preconditioner="gaussian")
+    for method, first in ((given, 0.8), (Adam(), 0.9)):
+        pace, betas = planned(method, objective)
+        assert (pace == 1).all() and (betas[:, 0] == first).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("what", ["start", "lbfgs", "adam", "hybrid"])
 def test_rows_in_the_metric_are_alone(what, dtype):

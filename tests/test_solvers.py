@@ -757,6 +757,30 @@ def kinked_problem(rows=slice(None), operator="compressed", n=20):
     return make_objective(prior.flow_, op, Kinked(), y[rows])
 
 
+def test_what_follows_lbfgs_is_told_how_many_steps_are_left():
+    class Recorded(Adam):
+        """Remembers what it was told, per row."""
+
+        def start(self, *args):
+            return super().start(*args) | dict(told=torch.full_like(args[-1], -1))
+
+        def plan(self, memory, steps, rows):
+            memory["told"] = torch.where(rows, steps.to(memory["told"].dtype), memory["told"])
+
+    objective = kinked_problem()
+    method = Hybrid(rough=Recorded(0.1))
+    budget = 60 + torch.arange(20)
+    solution = minimize(
+        objective, start_of(objective), rows_of(1, 20), method, max_evals=budget, tol=0.0
+    )
+    changed, told = solution.memory["changed"], solution.memory["rough.told"]
+    assert changed.any() and not changed.all() and (told[~changed] == -1).all()
+    # The row's clock, which starts after one evaluation, was stopped when it changed over.
+    clock = 1 - solution.memory["since"][changed]
+    torch.testing.assert_close(told[changed], (budget[changed] - 1) * clock)
+    assert told[changed].min() > 0
+
+
 def minimum_of_kinked(objective, i, lam):
     """By scipy, as a smooth problem with bounds: ``|r| = p + q`` with ``r = p - q``."""
     matrix = objective.op.forward(torch.eye(6, dtype=torch.float64)).numpy().T
