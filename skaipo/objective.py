@@ -65,10 +65,14 @@ class Evaluation:
         norm = (self.gradient(lam) / unit).norm(dim=1)
         return torch.where(norm == 0, norm, norm / scale)
 
-    def rounding(self, lam):
-        """How much of a difference in the objective may be rounding, shape (n,)."""
-        eps = torch.finfo(self.data.dtype).eps
-        return 64 * eps * (self.data.abs() + (lam * self.prior).abs())
+    def rounding(self, lam, eps=None, ulps=64):
+        """How much of a difference in the objective may be rounding, shape (n,).
+
+        ``eps`` is that of the terms, where it is not the one of the numbers they come in; see
+        :attr:`MAPObjective.eps`.
+        """
+        eps = torch.finfo(self.data.dtype).eps if eps is None else eps
+        return ulps * eps * (self.data.abs() + (lam * self.prior).abs())
 
     def finite(self, lam=None):
         """Rows whose terms and gradients are all finite, shape (n,).
@@ -153,6 +157,11 @@ class MAPObjective:
     @metric.setter
     def metric(self, metric):
         self._metric = metric
+
+    @property
+    def eps(self):
+        """Relative rounding of its terms: an operator may compute in less than the flow's dtype."""
+        return max(torch.finfo(self.y.dtype).eps, torch.finfo(self.op.precision_).eps)
 
     def __len__(self):
         return len(self.y)

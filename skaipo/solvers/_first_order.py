@@ -153,7 +153,10 @@ class GradientDescent(Method):
         if self.lipschitz is not None:
             return dict(step=torch.full_like(lam, 1.0 / self.lipschitz))
         norm = evaluation.gradient(lam).norm(dim=1).clamp_min(torch.finfo(u.dtype).tiny)
-        return dict(step=0.05 * objective.scale() * u.shape[1] ** 0.5 / norm)
+        eps = getattr(objective, "eps", torch.finfo(u.dtype).eps)
+        return dict(
+            step=0.05 * objective.scale() * u.shape[1] ** 0.5 / norm, eps=torch.full_like(lam, eps)
+        )
 
     def propose(self, memory, u, evaluation, lam, progress):
         return u - memory["step"][:, None] * evaluation.gradient(lam)
@@ -167,9 +170,7 @@ class GradientDescent(Method):
         enough = new <= value - promised
         # Where that drowns in rounding the slope decides: on a parabola a step gives half of what
         # it promises exactly if it does not lead beyond the minimum along its line.
-        noise = (
-            4 * torch.finfo(u.dtype).eps * (evaluation.data.abs() + (lam * evaluation.prior).abs())
-        )
+        noise = evaluation.rounding(lam, memory.get("eps"), ulps=4)
         slope = (trial_evaluation.gradient(lam) * gradient).sum(1)
         short = (new <= value + noise) & (slope >= 0)
         enough = ok & torch.where(promised <= noise, short, enough)

@@ -64,6 +64,7 @@ class LBFGS(Method):
             direction=torch.zeros_like(u),
             slope=torch.zeros_like(lam),
             step=torch.ones_like(lam),
+            eps=torch.full_like(lam, getattr(objective, "eps", torch.finfo(u.dtype).eps)),
             length=torch.full_like(lam, self.first_step * objective.scale() * d**0.5),
             trials=torch.zeros(n, dtype=torch.long, device=u.device),
             steepest=torch.zeros(n, dtype=torch.bool, device=u.device),
@@ -138,15 +139,13 @@ class LBFGS(Method):
         decrease = new <= value + self._ARMIJO * step * slope
         # Near a minimum the decrease drowns in rounding; then the slope decides (the approximate
         # Wolfe condition of Hager & Zhang, 2005, eq. 4.1).
-        noise = (
-            4 * torch.finfo(u.dtype).eps * (evaluation.data.abs() + (lam * evaluation.prior).abs())
-        )
+        noise = evaluation.rounding(lam, memory["eps"], ulps=4)
         new_slope = _dot(trial_evaluation.gradient(lam), memory["direction"])
         flat = (new <= value + noise) & (new_slope <= (2 * self._ARMIJO - 1) * slope)
         accept = ok & (decrease | flat)
         memory["tried"] += 1
         # (Failures within rounding are those of a row that has arrived.)
-        memory["failed"] += ~(new <= value + evaluation.rounding(lam))
+        memory["failed"] += ~(new <= value + evaluation.rounding(lam, memory["eps"]))
 
         index = accept.nonzero().flatten()
         if len(index):
