@@ -1,5 +1,6 @@
 """One chunk of rows, from measurements to results: what runs in a worker."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -156,7 +157,7 @@ class Problem:
 
 
 def far_off(result, flow, penalty):
-    """Rows whose objective is far above what the true image should have, under Gaussian noise.
+    """What to say where most objectives are far above those of true images, under Gaussian noise.
 
     The true image is a candidate like any other. Its misfit is half of the number of measurements
     and its log-density that of the prior's own images, give or take, so that no minimiser lies far
@@ -171,13 +172,24 @@ def far_off(result, flow, penalty):
 
     Returns
     -------
-    rows : ndarray of bool of shape (n_samples,)
+    message : str
+        Empty where there is nothing to say. (One odd row is the row's own affair.)
     """
     size = 0.5 * flow.n_features
     typical = size if penalty == "latent" else -flow.typical_log_prob()
     half = 0.5 * result.n_observed
     excess = result.objective - half - result.lam * typical
-    return excess > _FAR * (half + result.lam * size)
+    far = (excess > _FAR * (half + result.lam * size)) & (result.status != "diverged")
+    if 2 * int(far.sum()) <= len(far):
+        return ""
+    quotient = np.median(2 * result.misfit[far] / result.n_observed[far])
+    return (
+        f"{int(far.sum())} of {len(far)} results are far from what prior and noise expect of any "
+        f"image: residuals of {math.sqrt(quotient):.3g} sigma, log-density "
+        f"{np.median(result.log_prob[far]):.4g} where images of the prior have "
+        f"{flow.typical_log_prob():.4g} (medians). Are the measurements, sigma and the images that "
+        f"the prior was trained on in the same units, and is the operator the right one?"
+    )
 
 
 def solve_chunk(problem, y, starts, params=None):

@@ -172,12 +172,49 @@ def check_batch(
     if allow_nan:
         empty = x.isnan().all(1).nonzero().flatten().tolist()
         if empty:
-            shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
             raise ValueError(
                 f"{name} has {len(empty)} row(s) without a single measured value (all NaN): row "
-                f"{shown}. Drop these rows."
+                f"{named_rows(empty)}. Drop these rows."
             )
     return x.to(device=device, dtype=dtype), layout, tuple(shape)
+
+
+def masked(y, mask, shapes):
+    """Measurements (n, m) with NaN where a mask is False; ``shapes`` are those of one."""
+    values = mask if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    wanted = "mask must be boolean, or hold only 0 and 1 (True: measured)"
+    name = f"dtype {values.dtype}"
+    if not isinstance(values, torch.Tensor):
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"{wanted}, got {name}.")
+        values = to_tensor(values)
+    other = values[(values != 0) & (values != 1)]
+    if other.numel():
+        raise ValueError(
+            f"{wanted}, got {name} with other values, such as {other[0].item():g}. Did you mean "
+            f"mask > 0.5, or ~np.isnan(Y)?"
+        )
+    if len(values.shape) < 2 or len(values) != len(y) or tuple(values.shape[1:]) not in shapes:
+        hint = ""
+        if tuple(values.shape) in shapes:
+            hint = " For the same mask in every row pass np.broadcast_to(mask, Y.shape)."
+        raise ValueError(
+            f"mask must be boolean and of the shape of Y, {len(y)} rows of {y.shape[1]} values; "
+            f"got {name} of shape {tuple(values.shape)}.{hint}"
+        )
+    y = torch.where(values.reshape(y.shape).to(y.device) == 1, y, torch.nan)
+    empty = y.isnan().all(1).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"mask leaves {len(empty)} row(s) without a single measured value: row "
+            f"{named_rows(empty)}. Drop these rows."
+        )
+    return y
+
+
+def named_rows(rows):
+    """Row numbers for a message."""
+    return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
 
 
 def _check_tensor(X, event_shape, name, whose, allow_nan):

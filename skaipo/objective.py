@@ -65,13 +65,11 @@ class Evaluation:
         norm = (self.gradient(lam) / unit).norm(dim=1)
         return torch.where(norm == 0, norm, norm / scale)
 
-    def rounding(self, lam, eps=None, ulps=64):
+    def rounding(self, lam, eps, ulps=64):
         """How much of a difference in the objective may be rounding, shape (n,).
 
-        ``eps`` is that of the terms, where it is not the one of the numbers they come in; see
-        :attr:`MAPObjective.eps`.
+        ``eps`` is the relative rounding of the terms; see :attr:`MAPObjective.eps`.
         """
-        eps = torch.finfo(self.data.dtype).eps if eps is None else eps
         return ulps * eps * (self.data.abs() + (lam * self.prior).abs())
 
     def finite(self, lam=None):

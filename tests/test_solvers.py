@@ -300,7 +300,7 @@ def test_overflow_is_rolled_back_and_leaves_the_neighbours_alone(method):
     if isinstance(method, GradientDescent):
         # A first step of length 1.5 whatever the gradient.
         method.start = lambda objective, u, evaluation, lam: dict(
-            step=1.5 / evaluation.gradient(lam).norm(dim=1)
+            step=1.5 / evaluation.gradient(lam).norm(dim=1), eps=torch.full_like(lam, objective.eps)
         )
     for radius in (1.0, 1e9):
         objective, start, minimum = cliff_problem(radius)

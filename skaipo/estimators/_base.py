@@ -5,7 +5,6 @@ import math
 import numbers
 import warnings
 
-import numpy as np
 import torch
 from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
@@ -16,10 +15,9 @@ from sklearn.utils.validation import check_is_fitted
 from skaipo._checkpoint import Checkpoint, describe_run
 from skaipo._progress import Progress
 from skaipo._reconstruct import Problem, Reconstruction, far_off, solve_chunk
-from skaipo._validation import check_batch, check_lam, to_numpy, to_tensor
+from skaipo._validation import check_batch, check_lam, masked, to_numpy, to_tensor
 from skaipo.flows._foreign import is_flow
 from skaipo.noise import CorrelatedGaussianNoise, GaussianNoise, as_noise
-from skaipo.noise._base import named_rows
 from skaipo.objective import PENALTIES, SPACES, check_choice
 from skaipo.operators import as_operator
 from skaipo.operators._base import ShortRepr
@@ -36,7 +34,7 @@ from skaipo.solvers import (
     surrogate_of,
 )
 
-__all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior", "masked"]
+__all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior"]
 
 # From here on a result says something of the problem, and not of the start alone.
 _SOME_EVALS = 20
@@ -72,39 +70,6 @@ def _no_such_prior(prior):
 def is_learnt(op):
     """Whether an operator is to be learnt from pairs of measurements and clean images."""
     return hasattr(op, "learn")
-
-
-def masked(y, mask, shapes):
-    """Measurements (n, m) with NaN where a mask is False; ``shapes`` are those of one."""
-    values = mask if isinstance(mask, torch.Tensor) else np.asarray(mask)
-    wanted = "mask must be boolean, or hold only 0 and 1 (True: measured)"
-    name = f"dtype {values.dtype}"
-    if not isinstance(values, torch.Tensor):
-        if values.dtype.kind not in "biuf":
-            raise ValueError(f"{wanted}, got {name}.")
-        values = to_tensor(values)
-    other = values[(values != 0) & (values != 1)]
-    if other.numel():
-        raise ValueError(
-            f"{wanted}, got {name} with other values, such as {other[0].item():g}. Did you mean "
-            f"mask > 0.5, or ~np.isnan(Y)?"
-        )
-    if len(values.shape) < 2 or len(values) != len(y) or tuple(values.shape[1:]) not in shapes:
-        hint = ""
-        if tuple(values.shape) in shapes:
-            hint = " For the same mask in every row pass np.broadcast_to(mask, Y.shape)."
-        raise ValueError(
-            f"mask must be boolean and of the shape of Y, {len(y)} rows of {y.shape[1]} values; "
-            f"got {name} of shape {tuple(values.shape)}.{hint}"
-        )
-    y = torch.where(values.reshape(y.shape).to(y.device) == 1, y, torch.nan)
-    empty = y.isnan().all(1).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(
-            f"mask leaves {len(empty)} row(s) without a single measured value: row "
-            f"{named_rows(empty)}. Drop these rows."
-        )
-    return y
 
 
 def _check_measurements(noise, op, y):
@@ -546,23 +511,11 @@ class Reconstructor(ShortRepr, BaseEstimator):
         # (After a handful of evaluations far off is where it began.)
         if not known or self.max_evals < _SOME_EVALS:
             return
-        flow = self._ready_prior().flow_
-        far = far_off(result, flow, self.penalty) & (result.status != "diverged")
-        # One odd row is the row's own affair.
-        if 2 * int(far.sum()) <= len(far):
-            return
-        quotient = np.median(2 * result.misfit[far] / result.n_observed[far])
-        warnings.warn(
-            f"{int(far.sum())} of {len(far)} results are far from what prior and noise expect of "
-            f"any image: residuals of {math.sqrt(quotient):.3g} sigma, log-density "
-            f"{np.median(result.log_prob[far]):.4g} where images of the prior have "
-            f"{flow.typical_log_prob():.4g} (medians). Are the measurements, sigma and the images "
-            f"that the prior was trained on in the same units, and is the operator the right one? "
-            f"(Or is max_evals={self.max_evals} far too small, or the start far from the solution? "
-            f"Try n_starts=2.)",
-            UserWarning,
-            stacklevel=3,
-        )
+        message = far_off(result, self._ready_prior().flow_, self.penalty)
+        if message:
+            message += f" (Or is max_evals={self.max_evals} far too small, or the start far from "
+            message += "the solution? Try n_starts=2.)"
+            warnings.warn(message, UserWarning, stacklevel=3)
 
     def _predict(self, Y, mask, checkpoint=None, op_params=None):
         """The reconstructions alone, with a warning that counts what did not converge."""

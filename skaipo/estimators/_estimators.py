@@ -5,8 +5,8 @@ import warnings
 import numpy as np
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, RegressorMixin, TransformerMixin
 
-from skaipo._validation import check_batch, to_numpy
-from skaipo.estimators._base import Reconstructor, is_fitted, is_learnt, masked
+from skaipo._validation import check_batch, masked, to_numpy
+from skaipo.estimators._base import Reconstructor, is_fitted, is_learnt
 from skaipo.objective import check_choice
 from skaipo.operators import as_operator
 from skaipo.solvers import AdaptiveSchedule, DirectSchedule, GeometricSchedule, LinearSchedule

@@ -9,14 +9,10 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 
+from skaipo._validation import named_rows
 from skaipo.operators._base import ShortRepr
 
-__all__ = ["Likelihood", "NoiseModel", "SquaredError", "as_noise", "named_rows", "refuse_rows"]
-
-
-def named_rows(rows):
-    """Row numbers for a message."""
-    return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+__all__ = ["Likelihood", "NoiseModel", "SquaredError", "as_noise", "known_gradient", "refuse_rows"]
 
 
 def refuse_rows(bad, y, message, hint=""):
@@ -427,3 +423,24 @@ def as_noise(noise):
         "noise must be None (squared error), GaussianNoise(sigma) or another NoiseModel; got "
         f"{what}."
     )
+
+
+def known_gradient(x, value, gradient):
+    """``value`` (n,) as a function of ``x`` (n, d) to autograd, once, with this gradient (n, d).
+
+    What computes both at a time need not wait for the way back.
+    """
+    return _KnownGradient.apply(x, value, gradient)
+
+
+class _KnownGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, value, gradient):
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return grad[:, None] * gradient, None, None

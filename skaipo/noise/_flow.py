@@ -7,8 +7,9 @@ import torch
 
 from skaipo._handle import pack_module, unpack_module
 from skaipo._padding import padded
+from skaipo._validation import named_rows
 from skaipo.flows import Flow
-from skaipo.noise._base import Likelihood, named_rows
+from skaipo.noise._base import Likelihood, known_gradient
 
 __all__ = ["FlowNoise"]
 
@@ -119,7 +120,13 @@ class FlowNoise(Likelihood):
         if observed is not None and not bool(observed.all()):
             missing = ~observed.expand_as(y).all(1)
             raise self._missing(missing.nonzero().flatten().tolist())
-        return _NegativeLogProb.apply(y - prediction, self._evaluator(y))
+        residual = y - prediction
+        with torch.no_grad():
+            z, log_det, pull = self._evaluator(y).linearize(residual.detach())
+            half_norm = 0.5 * z.square().sum(1) + 0.5 * z.shape[1] * math.log(2 * math.pi)
+            # What the evaluator keeps is overwritten by the next call: the gradient is taken now.
+            (gradient,) = pull((z, -1.0))
+        return known_gradient(residual, half_norm - log_det, gradient)
 
     def max_curvature(self):
         return math.inf
@@ -171,23 +178,3 @@ class FlowNoise(Likelihood):
         if isinstance(state["flow"], dict):
             state = {**state, "flow": unpack_module(state["flow"])}
         super().__setstate__(state)
-
-
-class _NegativeLogProb(torch.autograd.Function):
-    """``-log p(x)`` (n,) of a frozen flow, with the gradient from the flow's own evaluator."""
-
-    @staticmethod
-    def forward(ctx, x, evaluator):
-        z, log_det, pull = evaluator.linearize(x.detach())
-        half_norm = 0.5 * z.square().sum(1) + 0.5 * z.shape[1] * math.log(2 * math.pi)
-        value = half_norm - log_det
-        # What the evaluator keeps is overwritten by the next call: the gradient is taken now.
-        (gradient,) = pull((z, -1.0))
-        ctx.save_for_backward(gradient)
-        return value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return grad[:, None] * gradient, None

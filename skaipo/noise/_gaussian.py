@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from skaipo._padding import padded
-from skaipo.noise._base import Likelihood, NoiseModel
+from skaipo.noise._base import Likelihood, NoiseModel, known_gradient
 from skaipo.noise._estimate import estimate_sigma
 
 __all__ = ["CorrelatedGaussianNoise", "GaussianNoise"]
@@ -273,7 +273,22 @@ class CorrelatedGaussianNoise(Likelihood):
         if observed is None or bool(observed.all()):
             whitener = self._whitener(residual)
             return padded(lambda r: (r @ whitener.T).square().sum(1) / 2, residual)
-        return _Marginals.apply(residual, observed.expand_as(residual), self)
+        return self._marginal(residual, observed.expand_as(residual))
+
+    def _marginal(self, residual, observed):
+        """``|W r|^2 / 2`` (n,) of the observed entries of each row ``r``."""
+        with torch.no_grad():
+            value = torch.zeros_like(residual[:, 0])
+            # The last column stands in for what some patterns have less than others.
+            filled = torch.nn.functional.pad(residual, (0, 1))
+            gradient = torch.zeros_like(filled)
+            for rows, once, columns, whiteners in self._blocks(observed, residual):
+                white = torch.bmm(filled[rows[:, :, None], columns[:, None, :]], whiteners.mT)
+                value[rows[once]] = white.square().sum(2)[once] / 2
+                if residual.requires_grad:
+                    where = rows[once][:, None], columns[once.nonzero()[:, 0]]
+                    gradient[where] = torch.bmm(white, whiteners)[once]
+        return known_gradient(residual, value, gradient[:, :-1])
 
     def max_curvature(self):
         # (The marginals' are no larger.)
@@ -289,33 +304,6 @@ class CorrelatedGaussianNoise(Likelihood):
 
     def _draw(self, clean, rng):
         return clean + rng.standard_normal(clean.shape) @ self._matrix()[1].T
-
-
-class _Marginals(torch.autograd.Function):
-    """``|W r|^2 / 2`` (n,) of the observed entries of each row ``r``."""
-
-    @staticmethod
-    def forward(ctx, residual, observed, noise):
-        value = torch.zeros_like(residual[:, 0])
-        # The last column stands in for what some patterns have less than others.
-        padded_residual = torch.nn.functional.pad(residual, (0, 1))
-        gradient = torch.zeros_like(padded_residual)
-        for rows, once, columns, whiteners in noise._blocks(observed, residual):
-            where = rows[:, :, None], columns[:, None, :]
-            white = torch.bmm(padded_residual[where], whiteners.mT)
-            value[rows[once]] = white.square().sum(2)[once] / 2
-            if ctx.needs_input_grad[0]:
-                where = rows[once][:, None], columns[once.nonzero()[:, 0]]
-                gradient[where] = torch.bmm(white, whiteners)[once]
-        gradient = gradient[:, :-1]
-        ctx.save_for_backward(gradient)
-        return value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return grad[:, None] * gradient, None, None
 
 
 def _without_dust(whiteners, like):

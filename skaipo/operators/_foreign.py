@@ -50,7 +50,7 @@ class ForeignOperator(Operator):
 
     def _examine(self):
         """Try the object; return a dict of what was found, or raise."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no _examine.")
 
     def _identity(self):
         """What else than the object decides what :meth:`_examine` finds."""

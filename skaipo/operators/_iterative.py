@@ -9,6 +9,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.exceptions import ConvergenceWarning
 
 from skaipo._padding import padded
+from skaipo._validation import named_rows
 from skaipo.operators._projector import AffineProjector, check_same_rows
 
 __all__ = ["ConjugateGradientProjector", "power_norm"]
@@ -129,11 +130,10 @@ class ConjugateGradientProjector(AffineProjector):
         if self.quiet or not rows:
             return projected
         self.quiet = True
-        named = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         warnings.warn(
             f"The projection onto the images that explain the measurements did not converge in "
             f"{self._max_steps} steps of conjugate gradients for {len(rows)} of "
-            f"{len(self._left)} rows ({named}): of the measurements up to "
+            f"{len(self._left)} rows ({named_rows(rows)}): of the measurements up to "
             f"{float(self._left[rows].max()):.1e} is left. {type(self._op).__name__} is too "
             f"ill-conditioned to be solved by products alone: use its matrix, MatrixOperator(A), "
             f"write a projector, or leave out what it hardly measures.",

@@ -145,7 +145,6 @@ def minimize(
         The converged iterate where there is one, otherwise the best that was seen.
     """
     n = len(objective)
-    eps = getattr(objective, "eps", None)
     method = method.prepare(objective)
     start = objective.n_evals.clone()
     budget = torch.zeros_like(start) + max_evals
@@ -221,7 +220,7 @@ def minimize(
         # Stationary, but a better point was seen: go back there and take smaller steps.
         worse = flat & (
             evaluation.value(active["lam"])
-            > best.value(active["lam"]) + best.rounding(active["lam"], eps)
+            > best.value(active["lam"]) + best.rounding(active["lam"], objective.eps)
         )
         status[rows[flat & ~worse]] = CONVERGED
         hopeless = worse & (active["restarts"] >= 3)
@@ -257,7 +256,7 @@ def minimize(
         active["best_u"] = torch.where(better[:, None], trial, active["best_u"])
         # Decreases add up until they are more than rounding.
         value = best.value(active["lam"])
-        lower = value < active["reference"] - best.rounding(active["lam"], eps)
+        lower = value < active["reference"] - best.rounding(active["lam"], objective.eps)
         active["reference"] = torch.where(lower, value, active["reference"])
         active["idle"] = torch.where(lower, 0, active["idle"] + 1)
         if history is not None:

@@ -153,10 +153,8 @@ class GradientDescent(Method):
         if self.lipschitz is not None:
             return dict(step=torch.full_like(lam, 1.0 / self.lipschitz))
         norm = evaluation.gradient(lam).norm(dim=1).clamp_min(torch.finfo(u.dtype).tiny)
-        eps = getattr(objective, "eps", torch.finfo(u.dtype).eps)
-        return dict(
-            step=0.05 * objective.scale() * u.shape[1] ** 0.5 / norm, eps=torch.full_like(lam, eps)
-        )
+        step = 0.05 * objective.scale() * u.shape[1] ** 0.5 / norm
+        return dict(step=step, eps=torch.full_like(lam, objective.eps))
 
     def propose(self, memory, u, evaluation, lam, progress):
         return u - memory["step"][:, None] * evaluation.gradient(lam)
@@ -170,7 +168,7 @@ class GradientDescent(Method):
         enough = new <= value - promised
         # Where that drowns in rounding the slope decides: on a parabola a step gives half of what
         # it promises exactly if it does not lead beyond the minimum along its line.
-        noise = evaluation.rounding(lam, memory.get("eps"), ulps=4)
+        noise = evaluation.rounding(lam, memory["eps"], ulps=4)
         slope = (trial_evaluation.gradient(lam) * gradient).sum(1)
         short = (new <= value + noise) & (slope >= 0)
         enough = ok & torch.where(promised <= noise, short, enough)

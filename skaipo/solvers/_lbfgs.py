@@ -64,7 +64,7 @@ class LBFGS(Method):
             direction=torch.zeros_like(u),
             slope=torch.zeros_like(lam),
             step=torch.ones_like(lam),
-            eps=torch.full_like(lam, getattr(objective, "eps", torch.finfo(u.dtype).eps)),
+            eps=torch.full_like(lam, objective.eps),
             length=torch.full_like(lam, self.first_step * objective.scale() * d**0.5),
             trials=torch.zeros(n, dtype=torch.long, device=u.device),
             steepest=torch.zeros(n, dtype=torch.bool, device=u.device),

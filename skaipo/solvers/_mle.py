@@ -45,6 +45,10 @@ class _Feasible:
     def __len__(self):
         return len(self._inner)
 
+    @property
+    def eps(self):
+        return self._inner.eps
+
     def project(self, x):
         """The nearest feasible images to ``x`` (n, d)."""
         self._u[: len(x)] = x
