@@ -178,7 +178,7 @@ def test_rows_without_any_value_are_named(X, convert):
     with pytest.raises(ValueError, match=r"Y has 2 row\(s\) without a single .* row 1, 4\. Drop"):
         check_batch(convert(X), allow_nan=True, name="Y")
     many = np.full((9, 3), np.nan)
-    with pytest.raises(ValueError, match=r"9 row\(s\) .* row 0, 1, 2, 3, 4, \.\.\."):
+    with pytest.raises(ValueError, match=r"9 row\(s\) .* row 0, 1, 2, 3, 4, 5, 6, 7, \.\.\."):
         check_batch(convert(many), allow_nan=True)
 
 
