@@ -12,6 +12,8 @@ PYTEST = -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Compiled at installation, where there is a C++ compiler.
+COMPILED := $(addprefix skaipo/flows/_frozen/,_couplings.cpp _couplings.h)
 # There while an installation is under way, and left behind by one that was interrupted.
 UNFINISHED := $(VENV)/.unfinished
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-input
@@ -110,7 +112,7 @@ format: $(STAMP)
 
 # An environment that was half made is made again; one that works is kept. torch comes first and
 # by itself, so that the constraint alone picks its build and nothing resolves it twice.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(COMPILED)
 	@set -e; trap 'exit 130' INT TERM; \
 	suitable='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
 	usable() { \

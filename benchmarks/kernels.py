@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import skaipo
 from skaipo.flows import Glow
 from skaipo.flows._frozen import FrozenEvaluator
+from skaipo.flows._frozen._native import library
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -175,11 +176,13 @@ def speed(args, rows):
             theirs = build_normflows(flow).requires_grad_(False).to(args.device)
             flow = flow.requires_grad_(False).to(args.device)
             store, again = (FrozenEvaluator(flow, memory) for memory in ("store", "recompute"))
+            uncompiled = FrozenEvaluator(flow, "store", native=False)
             methods = {
                 "normflows": gradient_of(lambda x, m=theirs: m.log_prob(x, None)),
                 "plain layers": gradient_of(flow.log_prob),
                 "kernels": density(store),
                 "kernels, recomputing": density(again),
+                "kernels, not compiled": density(uncompiled),
                 "kernels, z -> x": latent(store, False),
                 "kernels, z -> x, terms apart": latent(store, True),
             }
@@ -203,7 +206,7 @@ def speed(args, rows):
 def check(methods, x):
     """The kernels give what the plain layers do."""
     value, gradient = methods["plain layers"](x)
-    for name in ("kernels", "kernels, recomputing"):
+    for name in ("kernels", "kernels, recomputing", "kernels, not compiled"):
         ours, ours_gradient = methods[name](x)
         constant = (value - ours).mean()  # the normaliser
         assert ((value - ours - constant).abs() <= 1e-4 * value.abs()).all()
@@ -402,13 +405,14 @@ def reconstruct(args, rows):
         op, noise = CompressedSensing(measurements, random_state=0), GaussianNoise(sigma)
         Y = noise.add_noise(op(X), random_state=0)
         times, results = {}, {}
-        for kernels in ("reference", "fused"):
+        kinds = ("reference", "fused", *(["native"] if library() else []))
+        for kernels in kinds:
             os.environ["SKAIPO_KERNELS"] = kernels
             model = AIPORegressor(op, 1.0, prior=prior, noise=noise, max_evals=args.evals)
             start = time.perf_counter()
             results[kernels] = model.reconstruct(Y)
             times[kernels] = time.perf_counter() - start
-        a, b = (results[k].objective for k in ("reference", "fused"))
+        a, b = (results[k].objective for k in ("reference", kinds[-1]))
         for kernels, seconds in times.items():
             rows.append(
                 dict(

@@ -5,6 +5,7 @@ stored or computed again, workspaces that are used again), and each has its case
 """
 
 import copy
+import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,9 +19,12 @@ from torch import nn
 from torch.autograd.functional import jacobian
 
 import skaipo._reconstruct
+import skaipo.flows
 from skaipo import AIPORegressor, FlowPrior
 from skaipo.flows import Glow, RealNVP
-from skaipo.flows._frozen import FrozenEvaluator, ReferenceEvaluator
+from skaipo.flows._frozen import FrozenEvaluator, ReferenceEvaluator, _evaluator
+from skaipo.flows._frozen._native import library
+from skaipo.flows._layers import AffineCoupling, InvertibleLinear
 from skaipo.noise import GaussianNoise
 from skaipo.operators import Inpainting
 
@@ -35,10 +39,13 @@ FLOWS = {
 MEMORY = ["store", "recompute"]
 
 
-@pytest.fixture(autouse=True)
-def _kernels(monkeypatch):
+@pytest.fixture(autouse=True, params=["native", "fused"])
+def kernels(monkeypatch, request):
     """The kernels are what is tested here, also where all else runs without them."""
-    monkeypatch.delenv("SKAIPO_KERNELS", raising=False)
+    if request.param == "native" and library() is None:
+        pytest.skip("nothing was compiled")
+    monkeypatch.setenv("SKAIPO_KERNELS", request.param)
+    return request.param
 
 
 def points(flow, n=5, seed=0):
@@ -501,15 +508,135 @@ def test_what_the_kernels_do_not_know_is_left_to_autograd():
     assert isinstance(training.eval().compile_for_inference(), FrozenEvaluator)
 
 
-def test_an_environment_variable_turns_the_kernels_off(monkeypatch):
+def test_an_environment_variable_turns_the_kernels_off(monkeypatch, kernels):
     flow = FLOWS["glow of images"]()
+    evaluator = flow.compile_for_inference()
+    assert isinstance(evaluator, FrozenEvaluator)
+    native = [op.native is not None for op in evaluator._operations if op.bound is not None]
+    assert native == [kernels == "native"] * len(native)
     monkeypatch.setenv("SKAIPO_KERNELS", "reference")
     assert isinstance(flow.compile_for_inference(), ReferenceEvaluator)
-    monkeypatch.setenv("SKAIPO_KERNELS", "fused")
-    assert isinstance(flow.compile_for_inference(), FrozenEvaluator)
     monkeypatch.setenv("SKAIPO_KERNELS", "fast")
-    with pytest.raises(ValueError, match="SKAIPO_KERNELS must be one of fused, reference"):
+    with pytest.raises(ValueError, match="SKAIPO_KERNELS must be one of native, fused, reference"):
         flow.compile_for_inference()
+
+
+def test_without_a_compiler_the_kernels_are_torchs(monkeypatch):
+    monkeypatch.delenv("SKAIPO_KERNELS")
+    assert skaipo.flows.kernels() == ("fused" if library() is None else "native")
+    monkeypatch.setattr(_evaluator, "library", lambda: None)
+    assert skaipo.flows.kernels() == "fused"
+    monkeypatch.setenv("SKAIPO_KERNELS", "native")
+    with pytest.raises(ValueError, match=r"no compiled kernels: install .* C\+\+ compiler"):
+        FLOWS["glow of images"]().compile_for_inference()
+
+
+# ---------------------------------------------------------------------------------- compiled ones
+
+IMAGES = [name for name in FLOWS if "of images" in name or "grey" in name]
+
+
+def with_instructions(evaluator, instructions):
+    """The same with another set of the processor's instructions."""
+    if instructions > library().skaipo_instructions():
+        pytest.skip("not of this processor")
+    for op in evaluator._operations:
+        if op.bound is not None:
+            op.native._instructions = instructions
+    return evaluator
+
+
+@pytest.fixture
+def native(kernels):
+    if kernels != "native":
+        pytest.skip("of compiled kernels alone")
+
+
+@pytest.mark.parametrize("instructions", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", IMAGES)
+def test_every_set_of_instructions(native, name, dtype, instructions):
+    flow = FLOWS[name](dtype=dtype)
+    x, z = points(flow, 5)
+    evaluator = with_instructions(FrozenEvaluator(flow), instructions)
+    tolerance = 1e-10 if dtype == torch.float64 else 3e-4
+    for u, v, inverse in ((x, z, False), (z, x, True)):
+        expected = evaluated(ReferenceEvaluator(flow), u, inverse, [(v, -1.0), (None, 0.5)])
+        assert_same(evaluated(evaluator, u, inverse, [(v, -1.0), (None, 0.5)]), expected, tolerance)
+
+
+@pytest.mark.parametrize("instructions", [0, 1, 2])
+@pytest.mark.parametrize("hidden", [(), (5,), (16, 33), (40, 70, 20)])
+@pytest.mark.parametrize("kernel", [1, 3, (1, 5)])
+def test_networks_of_any_widths(native, kernel, hidden, instructions):
+    """Groups of 16 outputs, blocks of pixels, and what is left over of both."""
+    torch.manual_seed(0)
+    flow = Glow((5, 6, 10), n_steps=2, n_levels=1).double().eval().requires_grad_(False)
+    for step in flow.modules():
+        if isinstance(getattr(step, "net", None), nn.Sequential):
+            widths = step.net[0].in_channels, *hidden, step.net[-1].out_channels
+            layers = []
+            for n_inputs, n_outputs in itertools.pairwise(widths):
+                layers += [
+                    nn.Conv2d(n_inputs, n_outputs, kernel, padding="same", dtype=torch.float64),
+                    nn.ReLU(),
+                ]
+            step.net = nn.Sequential(*layers[:-1])
+    x, z = points(flow, 3)
+    evaluator = with_instructions(FrozenEvaluator(flow), instructions)
+    expected = evaluated(ReferenceEvaluator(flow), x, False, [(z, -1.0), (None, 0.5)])
+    assert_same(evaluated(evaluator, x, False, [(z, -1.0), (None, 0.5)]), expected, 1e-10)
+
+
+def test_the_same_bits_with_any_number_of_threads(native):
+    flow = FLOWS["glow of images"]().float()
+    x, z = points(flow, 7)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(evaluated(FrozenEvaluator(flow), x, False, [(z, -1.0)]))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for ours, first in zip(result, results[0], strict=True):
+            assert torch.equal(ours, first)
+
+
+@pytest.mark.parametrize("instructions", [0, 1, 2])
+def test_tanh_and_exp_over_their_whole_range(native, instructions):
+    """Of single precision they are the kernels' own."""
+    flow = Glow((1, 64, 64), n_steps=1, n_levels=1).double().eval().requires_grad_(False)
+    (mix,) = [m for m in flow.modules() if isinstance(m, InvertibleLinear)]
+    for tensor, value in ((mix.permutation, torch.eye(4)), (mix.sign, 1.0)):
+        tensor.copy_(torch.as_tensor(value))
+    for tensor in (mix.lower, mix.upper, mix.log_diagonal):
+        tensor.zero_()
+    (coupling,) = [m for m in flow.modules() if isinstance(m, AffineCoupling)]
+    coupling.net = nn.Conv2d(2, 4, 1, dtype=torch.float64).requires_grad_(False)
+    coupling.net.weight.zero_()[0, 0] = coupling.net.weight[1, 1] = 1.0
+    coupling.net.bias.zero_()
+    single = copy.deepcopy(flow).float()
+    magnitudes = torch.logspace(-8, 3, 2048, dtype=torch.float64)
+    x = torch.cat((magnitudes, -magnitudes)).float()[torch.randperm(4096)].view(1, -1)
+    expected = evaluated(ReferenceEvaluator(flow), x.double(), False, [(None, 1.0)])
+    evaluator = with_instructions(FrozenEvaluator(single), instructions)
+    z, log_det, gradient = evaluated(evaluator, x, False, [(None, 1.0)])
+    assert ((z - expected[0]) / expected[0]).abs().max() < 1e-6
+    assert ((gradient - expected[2]).abs().max()) < 1e-6
+    assert (log_det - expected[1]).abs() < 1e-5 * 4096
+
+
+@pytest.mark.parametrize("instructions", [0, 1, 2])
+def test_what_is_not_a_number_stays_in_its_row(native, instructions):
+    flow = FLOWS["glow of images"]().float()
+    x, z = points(flow, 4)
+    clean = evaluated(with_instructions(FrozenEvaluator(flow), instructions), x, False, [(z, -1.0)])
+    x[1, 5], x[2, 7] = torch.nan, torch.inf
+    found = evaluated(with_instructions(FrozenEvaluator(flow), instructions), x, False, [(z, -1.0)])
+    for ours, theirs in zip(found, clean, strict=True):
+        assert torch.equal(ours[[0, 3]], theirs[[0, 3]])
+        assert not ours[1].isfinite().all() and not ours[2].isfinite().all()
 
 
 def small_problem(n, dtype=torch.float64):
@@ -522,18 +649,18 @@ def small_problem(n, dtype=torch.float64):
 
 @pytest.mark.parametrize("space", ["image", "latent"])
 @pytest.mark.parametrize("solver", ["hybrid", "lbfgs", "adam", "gd"])
-def test_reconstructions_do_not_depend_on_the_kernels(monkeypatch, solver, space):
+def test_reconstructions_do_not_depend_on_the_kernels(monkeypatch, kernels, solver, space):
     prior, op, Y = small_problem(6)
     results = {}
-    for kernels in ("fused", "reference"):
-        monkeypatch.setenv("SKAIPO_KERNELS", kernels)
-        results[kernels] = AIPORegressor(
+    for kind in (kernels, "reference"):
+        monkeypatch.setenv("SKAIPO_KERNELS", kind)
+        results[kind] = AIPORegressor(
             op, 1.0, prior=prior, noise=GaussianNoise(0.3), solver=solver, space=space, max_evals=60
         ).reconstruct(Y)
-    fused, reference = results["fused"], results["reference"]
-    np.testing.assert_allclose(fused.objective, reference.objective, rtol=1e-7, atol=1e-7)
-    np.testing.assert_allclose(fused.x, reference.x, atol=1e-5)
-    np.testing.assert_array_equal(fused.n_evals, reference.n_evals)
+    ours, reference = results[kernels], results["reference"]
+    np.testing.assert_allclose(ours.objective, reference.objective, rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(ours.x, reference.x, atol=1e-5)
+    np.testing.assert_array_equal(ours.n_evals, reference.n_evals)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

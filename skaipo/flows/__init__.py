@@ -2,10 +2,11 @@
 
 from skaipo.flows._base import Flow
 from skaipo.flows._foreign import as_flow
+from skaipo.flows._frozen import kernels
 from skaipo.flows._glow import Glow
 from skaipo.flows._realnvp import RealNVP
 
-__all__ = ["Flow", "Glow", "RealNVP", "as_flow", "build_flow"]
+__all__ = ["Flow", "Glow", "RealNVP", "as_flow", "build_flow", "kernels"]
 
 _ARCHITECTURES = {"glow": Glow, "realnvp": RealNVP}
 

@@ -140,7 +140,7 @@ class Flow(nn.Module):
         Solvers and :class:`~skaipo.FlowPrior` call it. The flows of this package in evaluation mode
         get an evaluator with folded parameters and a written-out backward pass, all others one that
         uses autograd; both give the same results to rounding. With the environment variable
-        ``SKAIPO_KERNELS=reference`` all get the latter.
+        ``SKAIPO_KERNELS=reference`` all get the latter; see :func:`~skaipo.flows.kernels`.
 
         Parameters
         ----------

@@ -8,12 +8,13 @@ from functools import cached_property, partial
 import torch
 
 from skaipo._padding import padded
+from skaipo.flows._frozen._native import library
 from skaipo.flows._frozen._operations import operations_of
 from skaipo.flows._frozen._workspace import Steps, Workspace
 
 __all__ = ["FrozenEvaluator", "ReferenceEvaluator", "kernels"]
 
-KERNELS = ("fused", "reference")
+KERNELS = ("native", "fused", "reference")
 MEMORY = ("auto", "store", "recompute")
 # What "auto" lets one evaluation keep. Fixed: what is free just now differs from run to run, and
 # with it would the last bits of the results.
@@ -23,15 +24,34 @@ _CHUNK_BYTES = 3 * 2**24
 
 
 def kernels():
-    """Which kernels evaluate flows: "fused", or "reference" for the plain layers and autograd.
+    """Which kernels evaluate the flows of this package.
 
-    The environment variable ``SKAIPO_KERNELS``; worker processes inherit it.
+    The environment variable ``SKAIPO_KERNELS`` chooses, and worker processes inherit it.
+
+    Returns
+    -------
+    name : {"native", "fused", "reference"}
+        "native" for couplings of images that were compiled at installation, "fused" for torch's
+        operations in their place, "reference" for the plain layers and autograd. If the variable
+        is not set, "native" where something was compiled, else "fused".
+
+    Raises
+    ------
+    ValueError
+        If the variable is none of these, or "native" and nothing was compiled.
     """
-    name = os.environ.get("SKAIPO_KERNELS", "fused")
+    name = os.environ.get("SKAIPO_KERNELS")
+    if name is None:
+        return "fused" if library() is None else "native"
     if name not in KERNELS:
         raise ValueError(
             f"The environment variable SKAIPO_KERNELS must be one of {', '.join(KERNELS)}, got "
             f"{name!r}."
+        )
+    if name == "native" and library() is None:
+        raise ValueError(
+            "SKAIPO_KERNELS is native, but this installation has no compiled kernels: install "
+            "skaipo again on Linux where there is a C++ compiler (g++), or unset the variable."
         )
     return name
 
@@ -123,6 +143,8 @@ class FrozenEvaluator:
         Whether a pass back uses activations that were kept, or computes them again from the
         outputs, for about half as much time more. A number is a budget in bytes above which they
         are computed again; "auto" is one of 512 MiB, on a GPU of a quarter of its memory.
+    native : bool, optional
+        Whether to use compiled kernels where there are any; by default as :func:`kernels` says.
 
     Raises
     ------
@@ -130,7 +152,9 @@ class FrozenEvaluator:
         For layers that are not this package's.
     """
 
-    def __init__(self, flow, memory="auto"):
+    def __init__(self, flow, memory="auto", native=None):
+        if native is None:
+            native = kernels() == "native"
         if memory not in MEMORY and (isinstance(memory, bool) or not isinstance(memory, int)):
             raise ValueError(
                 f"memory must be 'auto', 'store', 'recompute' or a number of bytes, got {memory!r}."
@@ -139,7 +163,7 @@ class FrozenEvaluator:
         self._event = _Layout(flow.event_shape)
         self._parts = [_Layout(shape) for shape in flow._latent_shapes()]
         self._loc, self._scale = float(flow.loc), float(flow.scale)
-        self._operations = list(operations_of(flow))
+        self._operations = list(operations_of(flow, native))
         self._log_det = sum(op.log_det for op in self._operations)
         self._log_det -= flow.n_features * math.log(self._scale)
         self._like = flow.loc.detach().clone()

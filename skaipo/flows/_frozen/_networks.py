@@ -28,6 +28,10 @@ class _ReLUNet:
         self.back = back
         self.kept_per_position = sum(layer.n_outputs for layer in layers[:-1])
 
+    def convolutions(self):
+        """Weights (n_outputs, n_inputs, height, width) and biases, there and back."""
+        return [[layer.convolution() for layer in layers] for layers in (self.layers, self.back)]
+
     def _hidden(self, space, shape):
         return [
             space.kept(self, f"hidden {i}", *shape, layer.n_outputs)
@@ -83,6 +87,10 @@ class _AutogradNet:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             self.net(event.requires_grad_())
         self.kept_per_position = sum(saved) // max(1, math.prod(event.shape[2:]))
+
+    def convolutions(self):
+        """None: see :meth:`_ReLUNet.convolutions`."""
+        return [], []
 
     def plan(self, h, space, steps, pulled):
         """See :meth:`_ReLUNet.plan`."""
@@ -158,6 +166,10 @@ class _Dense:
         self.bias = bias
         self.n_outputs = matrix.shape[1]
 
+    def convolution(self):
+        """The layer as a convolution: its weight and bias."""
+        return self.matrix.T[:, :, None, None], self.bias
+
     def transpose(self):
         return _Dense(self.matrix.T, None)
 
@@ -207,6 +219,10 @@ class _Convolution:
             self.matrix = weight.permute(2, 3, 1, 0).reshape(-1, self.n_outputs)
             if bias is not None:  # of a column of ones
                 self.matrix = torch.cat((self.matrix, bias[None]))
+
+    def convolution(self):
+        """See :meth:`_Dense.convolution`."""
+        return self.weight, self.bias
 
     def transpose(self):
         # The kernel turned round.

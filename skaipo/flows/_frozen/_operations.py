@@ -16,6 +16,7 @@ import math
 
 import torch
 
+from skaipo.flows._frozen._native import native_coupling
 from skaipo.flows._frozen._networks import network_of
 from skaipo.flows._layers import (
     ActNorm,
@@ -149,23 +150,34 @@ class _Coupling(_Operation):
     layer : AffineCoupling or Split
     shape : tuple of int
         Height and width, or nothing for vectors.
+    native : bool
+        Whether to use the compiled form if there is one.
     """
 
-    def __init__(self, layer, shape):
+    mask = None
+
+    def __init__(self, layer, shape, native):
         first, second = layer.sizes
         groups = slice(0, first), slice(first, None)
         if getattr(layer, "swap", False):
             groups, first, second = groups[::-1], second, first
         self.source, self.target = groups
         # A split is a coupling the other way round: what leaves is (x - t) exp(-s).
-        self._init(layer, shape, first, second, flip=isinstance(layer, Split))
+        self._init(layer, shape, first, second, isinstance(layer, Split), native)
 
-    def _init(self, layer, shape, n_inputs, size, flip):
+    def _init(self, layer, shape, n_inputs, size, flip, native):
         self.bound = layer.bound
         like = next(iter([*layer.parameters(), *layer.buffers(), torch.zeros(())]))
         self.net = network_of(layer.net, size, layer.bound, like.new_zeros(1, n_inputs, *shape))
         self.size, self.flip = size, flip
-        self.kept_per_row = math.prod(shape) * (self.net.kept_per_position + 3 * size)
+        self.native = None
+        if native:
+            starts = self.source.start or 0, n_inputs, self.target.start or 0
+            self.native = native_coupling(
+                self.net, shape, size, float(layer.bound), *starts, self.mask
+            )
+        kept = self.net if self.native is None else self.native
+        self.kept_per_row = math.prod(shape) * (kept.kept_per_position + 3 * size)
 
     def _kept(self, space, shape):
         """What the derivative of the output by ``s`` is up to its sign, ``tanh``, and ``exp(s)``.
@@ -188,8 +200,11 @@ class _Coupling(_Operation):
         divide = inverse != self.flip
         # Without a sum to add to, this is the way back along the inverse.
         pulled = space.keeps or log_det is None
-        outputs = self._plan_outputs(h, space, steps, pulled)
         kept, tanh, factor = self._kept(space, h.shape[1:-1])
+        if self.native is not None:
+            self.native.plan(h, (kept, tanh, factor), divide, log_det, pulled, space, steps)
+            return h
+        outputs = self._plan_outputs(h, space, steps, pulled)
         target, bound = h[..., self.target], self.bound
         flat = tanh.view(len(tanh), -1)
 
@@ -218,6 +233,9 @@ class _Coupling(_Operation):
     def plan_back(self, g, parts, inverse, weights, space, steps):
         divide = inverse != self.flip
         kept, tanh, factor = self._kept(space, g.shape[1:-1])
+        if self.native is not None:
+            self.native.plan_back(g, (kept, tanh, factor), divide, weights, space, steps)
+            return g
         # Each of the two in one piece: their channels are few, and rows of few numbers are slow.
         pair = space.buffer("d output", 2 * len(g), *g.shape[1:-1], self.size)
         d_raw, d_shift = pair.split(len(g))
@@ -255,15 +273,16 @@ class _MaskedCoupling(_Coupling):
     shape : tuple of int
         Height and width, or nothing for vectors.
     channels : int
+    native : bool
     """
 
     source = target = slice(None)
 
-    def __init__(self, layer, shape, channels):
+    def __init__(self, layer, shape, channels, native):
         mask = layer.mask.detach().expand(channels, *shape)
         self.mask = mask.movedim(0, -1).contiguous()
         self.rest = 1.0 - self.mask
-        self._init(layer, shape, channels, channels, flip=False)
+        self._init(layer, shape, channels, channels, False, native)
 
     def _plan_outputs(self, h, space, steps, pulled):
         mask, rest = self.mask, self.rest
@@ -286,8 +305,11 @@ def _channels(layer):
     return len(layer.bias if isinstance(layer, ActNorm) else layer.lower)
 
 
-def operations_of(flow):
-    """The operations of a flow, in the direction from data to latents."""
+def operations_of(flow, native):
+    """The operations of a flow, in the direction from data to latents.
+
+    ``native``: whether couplings may be compiled ones.
+    """
     shape = flow.event_shape
     for level, layers in enumerate(flow.levels):
         linear = []
@@ -302,15 +324,15 @@ def operations_of(flow):
                 yield _SpaceToDepth()
                 shape = (4 * shape[0], shape[1] // 2, shape[2] // 2)
             elif type(layer) is AffineCoupling:
-                yield _Coupling(layer, shape[1:])
+                yield _Coupling(layer, shape[1:], native)
             elif type(layer) is MaskedCoupling:
-                yield _MaskedCoupling(layer, shape[1:], shape[0])
+                yield _MaskedCoupling(layer, shape[1:], shape[0], native)
             elif layer is not None:
                 raise UnknownLayerError(f"No kernel for a {type(layer).__name__}.")
         if level < len(flow.splits):
             split = flow.splits[level]
             if type(split) is not Split:
                 raise UnknownLayerError(f"No kernel for a {type(split).__name__}.")
-            yield _Coupling(split, shape[1:])
+            yield _Coupling(split, shape[1:], native)
             yield _Cut(split.sizes[0])
             shape = (split.sizes[0], *shape[1:])

@@ -1,0 +1,34 @@
+"""Compiles the kernels for couplings, where there is a compiler; pyproject.toml has all else."""
+
+import sys
+import zlib
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+HERE = Path("skaipo/flows/_frozen")
+SOURCES = [HERE / "_couplings.cpp", HERE / "_couplings.h"]
+# The library says which sources it is of: see skaipo/flows/_frozen/_native.py.
+CHECKSUM = zlib.crc32(b"".join(path.read_bytes() for path in SOURCES))
+
+# Not a Python module: it is loaded by ctypes, needs no header of Python's, and one of these serves
+# every processor. Without it everything works, more slowly.
+couplings = Extension(
+    "skaipo.flows._frozen._couplings",
+    [str(SOURCES[0])],
+    depends=[str(SOURCES[1])],
+    define_macros=[("SKAIPO_CHECKSUM", f"{CHECKSUM}u")],
+    extra_compile_args=[
+        "-std=c++17",
+        "-O3",
+        "-fopenmp",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wno-psabi",
+    ],
+    extra_link_args=["-fopenmp"],
+    language="c++",
+    optional=True,
+)
+
+setup(ext_modules=[couplings] if sys.platform == "linux" else [])
