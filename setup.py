@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path("skaipo/flows/_frozen")
 SOURCES = [HERE / "_couplings.cpp", HERE / "_couplings.h"]
@@ -31,4 +32,15 @@ couplings = Extension(
     optional=True,
 )
 
-setup(ext_modules=[couplings] if sys.platform == "linux" else [])
+
+class BuildLibrary(build_ext):
+    """Under a name that Python does not take for a module's."""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split("."))) + ".native.so"
+
+
+setup(
+    ext_modules=[couplings] if sys.platform == "linux" else [],
+    cmdclass={"build_ext": BuildLibrary},
+)

@@ -1,7 +1,6 @@
 """Couplings of images in one compiled call each, where ``_couplings.cpp`` could be compiled."""
 
 import ctypes
-import importlib.machinery
 import math
 import zlib
 from functools import cache
@@ -54,7 +53,7 @@ class _Call(ctypes.Structure):
     ]
 
 
-def checksum():
+def _checksum():
     """Of the sources: a library of other sources would be called with the wrong arguments."""
     return zlib.crc32(b"".join(path.read_bytes() for path in SOURCES))
 
@@ -65,23 +64,19 @@ def library():
 
     It is compiled at installation, on Linux, if there is a C++ compiler.
     """
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = SOURCES[0].with_name(f"_couplings{suffix}")
-        if not path.exists():
-            continue
-        try:
-            # After torch, whose OpenMP it shares with its threads.
-            found = ctypes.CDLL(str(path))
-            found.skaipo_checksum.restype = ctypes.c_uint32
-            if found.skaipo_checksum() != checksum():
-                continue
-        except (OSError, AttributeError):  # of another system, or of another version
-            continue
-        found.skaipo_couple.argtypes = [ctypes.c_void_p]
-        found.skaipo_couple.restype = ctypes.c_int64
-        found.skaipo_instructions.restype = ctypes.c_int64
-        return found
-    return None
+    path = SOURCES[0].with_suffix(".native.so")
+    try:
+        # After torch, whose OpenMP it shares with its threads.
+        found = ctypes.CDLL(str(path))
+        found.skaipo_checksum.restype = ctypes.c_uint32
+        if found.skaipo_checksum() != _checksum():
+            return None
+    except (OSError, AttributeError):  # not there, of another system, or something else
+        return None
+    found.skaipo_couple.argtypes = [ctypes.c_void_p]
+    found.skaipo_couple.restype = ctypes.c_int64
+    found.skaipo_instructions.restype = ctypes.c_int64
+    return found
 
 
 def _rounded(channels):
