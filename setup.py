@@ -22,6 +22,7 @@ couplings = Extension(
     extra_compile_args=[
         "-std=c++17",
         "-O3",
+        "-g0",
         "-fopenmp",
         "-fno-math-errno",
         "-fno-trapping-math",
