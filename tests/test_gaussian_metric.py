@@ -475,19 +475,20 @@ def test_adam_in_the_metric_paces_itself_by_the_steps_ahead():
         method = method.prepare(objective)
         memory = method.start(objective, u, objective.evaluate(u), lam)
         method.plan(memory, steps, rows)
-        return memory["pace"], memory["betas"]
+        return memory["pace"], memory["betas"], memory["final"]
 
-    pace, betas = planned(Adam(preconditioner="gaussian"), objective)
+    pace, betas, final = planned(Adam(preconditioner="gaussian"), objective)
     # The last row was not asked for.
     torch.testing.assert_close(pace**3, torch.tensor([1, 1, 1 / 2, 1 / 8, 1 / 16, 1]).double())
+    torch.testing.assert_close(final, 0.01 * pace**6)
     window = 1 / (1 - betas[:, 0])
     torch.testing.assert_close(window, torch.tensor([10, 10, 10, 40, 50, 10]).double())
     assert (betas[:, 1] == 0.999).all()
     # What is given stays, and so does the method of the paper, which has no metric.
-    given = Adam(0.2, betas=(0.8, 0.99), preconditioner="gaussian")
-    for method, first in ((given, 0.8), (Adam(), 0.9)):
-        pace, betas = planned(method, objective)
-        assert (pace == 1).all() and (betas[:, 0] == first).all()
+    given = Adam(0.2, betas=(0.8, 0.99), final_rate=0.1, preconditioner="gaussian")
+    for method, first, last in ((given, 0.8, 0.1), (Adam(), 0.9, 0.01)):
+        pace, betas, final = planned(method, objective)
+        assert (pace == 1).all() and (betas[:, 0] == first).all() and (final == last).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -9,6 +9,7 @@ from skaipo.solvers._base import Method, with_metric
 __all__ = ["Adam", "GradientDescent"]
 
 _BETAS = (0.9, 0.999)
+_FINAL = 0.01
 # Up to how many steps the preconditioned method takes its full learning rate.
 _STEPS = 75.0
 
@@ -26,9 +27,10 @@ class Adam(Method):
     betas : tuple of float, default=None
         None: ``(0.9, 0.999)``; with the preconditioner and 150 steps ahead or more, the first
         moment averages over a fifteenth of them, up to 50.
-    final_rate : float, default=0.01
+    final_rate : float, default=None
         Share of the learning rate that is left when the budget ends, along half a cosine over the
-        stage at the target lambda. 1 keeps it constant.
+        stage at the target lambda. 1 keeps it constant. None: 0.01; with the preconditioner and
+        more than some dozen steps, less, as the inverse square of their number.
     warm_up : int, default=0
         Number of steps in which the learning rate rises to its value. (The first steps' moments are
         those of single gradients.)
@@ -41,7 +43,7 @@ class Adam(Method):
         self,
         learning_rate=None,
         betas=None,
-        final_rate=0.01,
+        final_rate=None,
         warm_up=0,
         preconditioner=None,
     ):
@@ -72,6 +74,7 @@ class Adam(Method):
             powers=lam.new_ones(len(lam), 2),
             rate=torch.full_like(lam, self._rate(objective)),
             pace=torch.ones_like(lam),
+            final=torch.full_like(lam, _FINAL if self.final_rate is None else self.final_rate),
         )
 
     def _rate(self, objective):
@@ -84,11 +87,13 @@ class Adam(Method):
         if self._metric is None:
             return
         # Kinks are noise to the gradient. The more steps there are, the longer it pays to average
-        # over it, and the smaller steps get where the same way.
+        # over it, the smaller steps get where the same way, and the finer the last ones can be.
         steps = steps[rows].clamp_min(1).to(torch.float64)
+        share = (_STEPS / steps).clamp_max(1.0)
         if self.learning_rate is None:
-            pace = (_STEPS / steps).clamp_max(1.0) ** (1 / 3)
-            memory["pace"][rows] = pace.to(memory["pace"].dtype)
+            memory["pace"][rows] = (share ** (1 / 3)).to(memory["pace"].dtype)
+        if self.final_rate is None:
+            memory["final"][rows] = (_FINAL * share.square()).to(memory["final"].dtype)
         if self.betas is None:
             first = 1 - 1 / (steps / 15).clamp(10.0, 50.0)
             memory["betas"][rows, 0] = first.to(memory["betas"].dtype)
@@ -104,7 +109,8 @@ class Adam(Method):
         return -mean / (square.sqrt() + torch.finfo(gradient.dtype).tiny ** 0.5)
 
     def propose(self, memory, u, evaluation, lam, progress):
-        decay = self.final_rate + (1 - self.final_rate) * 0.5 * (1 + (math.pi * progress).cos())
+        final = memory["final"]
+        decay = final + (1 - final) * 0.5 * (1 + (math.pi * progress).cos())
         if self.warm_up > 0:
             memory["steps"] += 1
             decay = decay * (memory["steps"] / self.warm_up).clamp_max(1.0)
