@@ -1,5 +1,6 @@
 """Compiles the kernels for couplings, where there is a compiler; pyproject.toml has all else."""
 
+import platform
 import sys
 import zlib
 from pathlib import Path
@@ -26,7 +27,10 @@ couplings = Extension(
         "-fopenmp",
         "-fno-math-errno",
         "-fno-trapping-math",
+        "-fno-fast-math",
         "-Wno-psabi",
+        # Or, for some processors, blocks of one shape would round twice and others once.
+        *(["--param=avoid-fma-max-bits=0"] if platform.machine() == "x86_64" else []),
     ],
     extra_link_args=["-fopenmp"],
     language="c++",

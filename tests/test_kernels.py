@@ -37,6 +37,7 @@ FLOWS = {
     "networks without kinks": lambda **k: random_flow(Glow, (2, 4, 4), smooth=True, **k),
 }
 MEMORY = ["store", "recompute"]
+IMAGES = [name for name in FLOWS if "of images" in name or "grey" in name]
 
 
 @pytest.fixture(autouse=True, params=["native", "fused"])
@@ -531,9 +532,22 @@ def test_without_a_compiler_the_kernels_are_torchs(monkeypatch):
         FLOWS["glow of images"]().compile_for_inference()
 
 
-# ---------------------------------------------------------------------------------- compiled ones
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_copy_has_memory_of_its_own(name, copied):
+    flow = FLOWS[name]()
+    x, z = points(flow, 4)
+    evaluator = FrozenEvaluator(flow)
+    expected = evaluated(evaluator, x, False, [(z, -1.0)])
+    twin = copied(evaluator)
+    _, _, pull = twin.linearize(x)
+    evaluated(evaluator, -x, False, [(z, 1.0)])
+    assert_same(pull((z, -1.0)), expected[2:], 1e-12)
+    del evaluator, flow
+    assert_same(evaluated(twin, x, False, [(z, -1.0)]), expected, 1e-12)
 
-IMAGES = [name for name in FLOWS if "of images" in name or "grey" in name]
+
+# ---------------------------------------------------------------------------------- compiled ones
 
 
 def with_instructions(evaluator, instructions):
@@ -633,10 +647,35 @@ def test_what_is_not_a_number_stays_in_its_row(native, instructions):
     x, z = points(flow, 4)
     clean = evaluated(with_instructions(FrozenEvaluator(flow), instructions), x, False, [(z, -1.0)])
     x[1, 5], x[2, 7] = torch.nan, torch.inf
+    # Also one whose payload is large.
+    x[1, 9:] = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)
     found = evaluated(with_instructions(FrozenEvaluator(flow), instructions), x, False, [(z, -1.0)])
     for ours, theirs in zip(found, clean, strict=True):
         assert torch.equal(ours[[0, 3]], theirs[[0, 3]])
         assert not ours[1].isfinite().all() and not ours[2].isfinite().all()
+    assert found[1][1].isnan()
+
+
+def test_borders_stay_inside_of_their_pictures(native):
+    """Of a kernel of one row and many more hidden channels than there are pixels."""
+    flow = Glow((2, 2, 2), n_steps=1, n_levels=1).eval().requires_grad_(False)
+    (coupling,) = [m for m in flow.modules() if isinstance(m, AffineCoupling)]
+    sizes = dict(kernel_size=(1, 7), padding="same")
+    coupling.net = nn.Sequential(nn.Conv2d(4, 999, **sizes), nn.ReLU(), nn.Conv2d(999, 8, **sizes))
+    x, z = points(flow, 3)
+    assert coupling_of(FrozenEvaluator(flow)).native is not None
+    for _ in range(20):
+        expected = evaluated(ReferenceEvaluator(flow), x, False, [(z, -1.0)])
+        assert_same(evaluated(FrozenEvaluator(flow), x, False, [(z, -1.0)]), expected, 1e-4)
+
+
+def coupling_of(evaluator):
+    return next(op for op in evaluator._operations if op.bound is not None)
+
+
+def test_an_exponential_beyond_single_precision_is_torchs(native):
+    flow = Glow((2, 2, 2), n_steps=1, n_levels=1, bound=81.0).eval()
+    assert coupling_of(FrozenEvaluator(flow)).native is None
 
 
 def small_problem(n, dtype=torch.float64):

@@ -3,6 +3,10 @@
 // An image goes through a whole coupling in one thread, in memory that stays in that core's cache.
 // The rest of a batch that is no multiple of the threads is shared by all of them, pixel by pixel.
 
+#ifdef __clang__
+#error "clang ignores the pragmas that choose instructions; without this torch's kernels are used"
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>

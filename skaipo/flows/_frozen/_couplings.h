@@ -155,7 +155,8 @@ static inline __attribute__((always_inline)) Floats exponential(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    return (Floats)((Ints)p + ((Ints)shifted << 23));
+    Floats scaled = (Floats)((Ints)p + ((Ints)shifted << 23));
+    return x == x ? scaled : x; // a NaN's payload would be taken for an exponent
 }
 
 static inline __attribute__((always_inline)) Floats tangent(Floats x) {
@@ -238,14 +239,14 @@ template <class T> struct Pictures {
 
     void clear_borders(const Coupling &c) const {
         for (int i = 0; i < c.n_layers; i++) {
-            const int64_t before = inside[i].origin - at[i].origin, row = at[i].row;
-            const int64_t top = before / row, gap = row - c.width * at[i].channels;
-            T *p = at[i].origin;
-            std::memset(p, 0, before * sizeof(T));
-            if (gap) // the end of a row and the beginning of the next
-                for (int64_t y = 0; y < c.height; y++)
-                    std::memset(inside[i].origin + y * row + row - gap, 0, gap * sizeof(T));
-            std::memset(p + (top + c.height) * row, 0, top * row * sizeof(T));
+            // As many numbers as before the first pixel follow the last one.
+            const int64_t around = inside[i].origin - at[i].origin, row = at[i].row;
+            const int64_t gap = row - c.width * at[i].channels;
+            T *p = inside[i].origin;
+            std::memset(at[i].origin, 0, around * sizeof(T));
+            for (int64_t y = 1; y < c.height; y++) // the end of a row and the beginning of the next
+                std::memset(p + y * row - gap, 0, gap * sizeof(T));
+            std::memset(p + c.height * row - gap, 0, around * sizeof(T));
         }
     }
 };

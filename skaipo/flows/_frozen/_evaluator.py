@@ -178,6 +178,10 @@ class FrozenEvaluator:
         self._pads = math.prod(self._parts[-1].outside[1:]) < 4
         self._idle = {True: [], False: []}
 
+    def __getstate__(self):
+        # The programs of a workspace work in its own memory.
+        return {**vars(self), "_idle": {True: [], False: []}}
+
     def forward(self, x):
         """Latents ``z`` (n, d) and ``log |det dz/dx|`` (n,) of ``x`` (n, d)."""
         return self._map_in_chunks(x, False)

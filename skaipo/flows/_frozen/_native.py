@@ -132,6 +132,7 @@ class NativeCoupling:
     """
 
     def __init__(self, layers, back, shape, source, n_source, target, size, bound, mask):
+        self._arguments = layers, back, shape, source, n_source, target, size, bound, mask
         self._layers, self._back, self._mask = _Packed(layers), _Packed(back), mask
         self._is_double = layers[0][0].dtype == torch.float64
         item = layers[0][0].element_size()
@@ -150,6 +151,10 @@ class NativeCoupling:
             bound=bound,
             mask=None if mask is None else mask.data_ptr(),
         )
+
+    def __reduce__(self):
+        # A copy has weights of its own, at other addresses.
+        return type(self), self._arguments
 
     def _call(self, h, kept, space, **options):
         if not h.is_contiguous():
@@ -180,7 +185,7 @@ class NativeCoupling:
     def _add_step(self, call, steps, *buffers):
         couple, address = library().skaipo_couple, ctypes.addressof(call)
 
-        def step(held=(call, buffers)):
+        def step(held=(self, call, buffers)):
             call.threads = torch.get_num_threads()
             if couple(address):
                 raise MemoryError("No memory for the hidden layers of a coupling.")
@@ -211,6 +216,7 @@ def native_coupling(net, shape, size, bound, source, n_source, target, mask=None
     weight = layers[0][0]
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return None
-    if not math.prod(shape):
+    # Their exponential of single precision ends before torch's does.
+    if not (math.prod(shape) and abs(bound) <= 80):
         return None
     return NativeCoupling(layers, back, shape, source, n_source, target, size, bound, mask)
