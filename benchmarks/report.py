@@ -285,9 +285,9 @@ can be compared.
 
 Faces need the images and `benchmarks/train_faces_prior.py` (25 minutes a flow, once; not counted
 below); without them `make paper-small` runs on scikit-learn's digits with the prior that ships with
-skaipo. On one core of our machine it took 13 processor minutes on faces, at a tenth of the paper's
-evaluations, learning rates included, and takes about 11 on digits, at all of them; two cores should
-need half of that.
+skaipo. On digits it takes 3 minutes on two cores of our machine, at all of the paper's evaluations,
+learning rates included. On faces, at a tenth of them, it took 13 processor minutes before couplings
+were compiled, and takes less now.
 
 What is compared:
 
