@@ -315,7 +315,7 @@ is undecided. "Wins" is the share of the images on which AIPO's objective is the
 median is there because a single image that diverges can move a mean at will. A lower objective is
 not a higher PSNR; both are reported. (Learning rates tuned for PSNR rather than for the objective
 would be others: see [the solvers' page](solvers.md), where lambda is tuned as well. Where lambda is
-large for a task, as both of these are for denoising, the minimiser is smoother than the image, and
+large for a task, as all of these are for denoising, the minimiser is smoother than the image, and
 a method that ends short of it, with the higher objective, has the higher PSNR.)
 """
 
