@@ -170,12 +170,7 @@ def check_batch(
             f"(shape {tuple(event_shape)})."
         )
     if allow_nan:
-        empty = x.isnan().all(1).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(
-                f"{name} has {len(empty)} row(s) without a single measured value (all NaN): row "
-                f"{named_rows(empty)}. Drop these rows."
-            )
+        _reject_empty_rows(x, f"{name} has", " (all NaN)")
     return x.to(device=device, dtype=dtype), layout, tuple(shape)
 
 
@@ -203,13 +198,17 @@ def masked(y, mask, shapes):
             f"got {name} of shape {tuple(values.shape)}.{hint}"
         )
     y = torch.where(values.reshape(y.shape).to(y.device) == 1, y, torch.nan)
+    _reject_empty_rows(y, "mask leaves")
+    return y
+
+
+def _reject_empty_rows(y, found, detail=""):
     empty = y.isnan().all(1).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
-            f"mask leaves {len(empty)} row(s) without a single measured value: row "
+            f"{found} {len(empty)} row(s) without a single measured value{detail}: row "
             f"{named_rows(empty)}. Drop these rows."
         )
-    return y
 
 
 def named_rows(rows):

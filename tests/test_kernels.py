@@ -6,7 +6,10 @@ stored or computed again, workspaces that are used again), and each has its case
 
 import copy
 import itertools
+import os
 import pickle
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -522,9 +525,16 @@ def test_an_environment_variable_turns_the_kernels_off(monkeypatch, kernels):
         flow.compile_for_inference()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="compiled on Linux alone")
+@pytest.mark.skipif(shutil.which("g++") is None or "CC" in os.environ, reason="needs g++")
+def test_where_there_is_a_compiler_the_kernels_are_compiled(monkeypatch):
+    monkeypatch.delenv("SKAIPO_KERNELS")
+    # A failed build is no error of the installation, and would be noticed by nobody.
+    assert skaipo.flows.kernels() == "native", "install again: pip install -e . (or make install)"
+
+
 def test_without_a_compiler_the_kernels_are_torchs(monkeypatch):
     monkeypatch.delenv("SKAIPO_KERNELS")
-    assert skaipo.flows.kernels() == ("fused" if library() is None else "native")
     monkeypatch.setattr(_evaluator, "library", lambda: None)
     assert skaipo.flows.kernels() == "fused"
     monkeypatch.setenv("SKAIPO_KERNELS", "native")
@@ -638,7 +648,7 @@ def test_tanh_and_exp_over_their_whole_range(native, instructions):
     z, log_det, gradient = evaluated(evaluator, x, False, [(None, 1.0)])
     assert ((z - expected[0]) / expected[0]).abs().max() < 1e-6
     assert ((gradient - expected[2]).abs().max()) < 1e-6
-    assert (log_det - expected[1]).abs() < 1e-5 * 4096
+    assert (log_det - expected[1]).abs() < 1e-3
 
 
 @pytest.mark.parametrize("instructions", [0, 1, 2])

@@ -1,7 +1,6 @@
 """Couplings of images in one compiled call each, where ``_couplings.cpp`` could be compiled."""
 
 import ctypes
-import math
 import zlib
 from functools import cache
 from pathlib import Path
@@ -156,7 +155,7 @@ class NativeCoupling:
         # A copy has weights of its own, at other addresses.
         return type(self), self._arguments
 
-    def _call(self, h, kept, space, **options):
+    def _call(self, h, kept, **options):
         if not h.is_contiguous():
             raise AssertionError("A coupling's buffer must be contiguous.")
         rows = len(kept[0])
@@ -194,7 +193,7 @@ class NativeCoupling:
 
     def plan(self, h, kept, divide, log_det, pulled, space, steps):
         """Map ``h`` in place."""
-        call = self._call(h, kept, space, divide=divide, pull=False)
+        call = self._call(h, kept, divide=divide, pull=False)
         if pulled:
             self._add_gates(call, space, h.shape[1:-1])
         if log_det is not None:
@@ -203,7 +202,7 @@ class NativeCoupling:
 
     def plan_back(self, g, kept, divide, weights, space, steps):
         """Map gradients ``g`` in place."""
-        call = self._call(g, kept, space, divide=divide, pull=True, weights=weights.data_ptr())
+        call = self._call(g, kept, divide=divide, pull=True, weights=weights.data_ptr())
         self._add_gates(call, space, g.shape[1:-1])
         self._add_step(call, steps, g, kept, weights)
 
@@ -217,6 +216,6 @@ def native_coupling(net, shape, size, bound, source, n_source, target, mask=None
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return None
     # Their exponential of single precision ends before torch's does.
-    if not (math.prod(shape) and abs(bound) <= 80):
+    if not abs(bound) <= 80:
         return None
     return NativeCoupling(layers, back, shape, source, n_source, target, size, bound, mask)
