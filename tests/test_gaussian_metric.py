@@ -302,13 +302,34 @@ def test_what_the_components_leave_is_in_the_metric(kind):
         factor = np.linalg.cholesky(inverse)
         before, after = np.linalg.cond(hessians[i]), np.linalg.cond(factor.T @ hessians[i] @ factor)
         assert after < 0.5 * before
-    white = metric.whiten(v, lam, everyone)
-    torch.testing.assert_close(
-        metric.colour(white, lam, everyone), metric.solve(v, lam, everyone), rtol=1e-9, atol=1e-9
-    )
+    # The two halves that Adam takes are each other's transposes, and nearly as good.
+    for i in (1, 3):
+        row = torch.full((300,), i)
+        T = metric.colour(eye, lam[row], row).numpy().T
+        white = metric.whiten(eye, lam[row], row)
+        np.testing.assert_allclose(white.numpy(), T, atol=1e-10)
+        assert np.linalg.cond(T.T @ hessians[i] @ T) < 0.5 * np.linalg.cond(hessians[i])
+        # Their coordinates are where the pixels are.
+        place = surrogate.to_channels(white).abs().argmax(1)
+        assert (place == torch.arange(300)).double().mean() > 0.95
     # Curvature along steps.
     ratio = metric.prior_ratio(v, torch.tensor(v.numpy() @ precision) * 2.5)
     np.testing.assert_allclose(ratio, 2.5, rtol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 10, 10)])
+def test_colours_that_do_not_correlate(shape):
+    """For images whose covariance is kept whole, and for those that have components."""
+    d = math.prod(shape)
+    grey, colour = torch.randn(2, 2000, *shape, dtype=torch.float64)
+    x = (grey[:, :1] + 0.2 * colour).reshape(2000, d)
+    surrogate = GaussianSurrogate.from_samples(x, shape)
+    turned = surrogate.to_colours(x)
+    torch.testing.assert_close(surrogate.to_channels(turned), x)
+    torch.testing.assert_close(turned.norm(dim=1), x.norm(dim=1))
+    colours = turned.reshape(2000, *shape).transpose(0, 1).flatten(1)
+    correlation = np.corrcoef(colours.numpy()) - np.eye(3)
+    assert np.abs(correlation).max() < 0.05 < np.abs(np.corrcoef(x[:, [0, d // 3]].T)[0, 1])
 
 
 def test_the_priors_curvature_over_the_surrogates():

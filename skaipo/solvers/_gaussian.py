@@ -97,13 +97,13 @@ class GaussianSurrogate:
         floor = max(1e-9 * float(centred.square().mean()), torch.finfo(torch.float32).tiny)
         basis = components[:k].T.contiguous()
         surrogate = cls(mean, basis, variances.clamp_min(floor), None, [])
+        rest = centred - (centred @ basis) @ basis.T if k < d else centred
+        if len(event_shape) == 3:
+            colours = rest.reshape(n, *event_shape).transpose(0, 1).flatten(1)
+            _, rotation = torch.linalg.eigh(colours @ colours.T)
+            _, height, width = event_shape
+            surrogate.axes = [rotation.T.contiguous(), _cosines(height), _cosines(width)]
         if k < d:
-            rest = centred - (centred @ basis) @ basis.T
-            if is_image:
-                colours = rest.reshape(n, *event_shape).transpose(0, 1).flatten(1)
-                _, rotation = torch.linalg.eigh(colours @ colours.T)
-                _, height, width = event_shape
-                surrogate.axes = [rotation.T.contiguous(), _cosines(height), _cosines(width)]
             spread = surrogate.analyse(rest).square().mean(0) * (d / (d - k))
             surrogate.residual = spread.clamp_min(floor)
         return surrogate
@@ -115,6 +115,14 @@ class GaussianSurrogate:
     def synthesise(self, c):
         """``F^T c`` for rows (n, d)."""
         return self._transform(c, [axis.T for axis in self.axes])
+
+    def to_colours(self, v):
+        """Images (n, d) in the colours, in place of channels, that do not correlate."""
+        return self._transform(v, self.axes[:1])
+
+    def to_channels(self, v):
+        """The inverse of :meth:`to_colours`."""
+        return self._transform(v, [axis.T for axis in self.axes[:1]])
 
     def precise(self, v):
         """``S v`` for rows (n, d), with the precision ``S``."""
@@ -157,8 +165,10 @@ class GaussianSurrogate:
     def _transform(v, axes):
         if not axes:
             return v
-        colours, rows, columns = axes
         n, d = v.shape
+        if len(axes) == 1:
+            return torch.matmul(axes[0], v.reshape(n, len(axes[0]), -1)).reshape(n, d)
+        colours, rows, columns = axes
         v = v.reshape(n * len(colours), len(rows), len(columns))
         v = torch.matmul(torch.matmul(rows, v), columns.T)
         return torch.matmul(colours, v.reshape(n, len(colours), -1)).reshape(n, d)
@@ -300,7 +310,8 @@ class GaussianMetric:
         small = torch.where(usable[:, None, None], small, 0.0)
         curvature, rotation = torch.linalg.eigh(small.double())
         self.curvature = curvature.clamp_min(0).to(y)
-        self.rotation = (spread[:, None] * rotation).to(y)
+        self.rotation = rotation.to(y)
+        self.spread = spread
         # Mean of the diagonal of A^T W A.
         level = (self.weight * size).sum(1) / basis.shape[0]
         self.level = torch.where(level.isfinite(), level, 0.0)
@@ -323,28 +334,49 @@ class GaussianMetric:
             return inner, None
         return inner, _inverse_root(self.level[group, None] + lam[:, None] / s.residual, 0.0)
 
-    def _whiten(self, g, lam, group):
+    def _modes(self, g, lam, group):
+        """Gradients along the modes of the Gaussian posterior, in which it is white: (k, p)."""
         s = self.surrogate
         inner, outer = self._scales(lam, group)
         along = g @ s.basis
-        c = torch.bmm(along[:, None], self.rotation[group])[:, 0] * inner
+        c = torch.bmm((along * self.spread)[:, None], self.rotation[group])[:, 0] * inner
         if outer is None:
             return c
         return torch.cat((c, s.analyse(g - along @ s.basis.T) * outer), 1)
 
-    def _colour(self, c, lam, group):
+    def _from_modes(self, c, lam, group):
+        """Steps in image space from steps (k, p) along the modes: the transpose."""
         s = self.surrogate
         inner, outer = self._scales(lam, group)
         k = s.basis.shape[1]
         along = torch.bmm(self.rotation[group], (c[:, :k] * inner)[:, :, None])[:, :, 0]
+        along = along * self.spread
         if outer is None:
             return along @ s.basis.T
         across = s.synthesise(c[:, k:] * outer)
         return across + (along - across @ s.basis) @ s.basis.T
 
+    def _whiten(self, g, lam, group):
+        s, k = self.surrogate, self.surrogate.basis.shape[1]
+        c = self._modes(g, lam, group)
+        along = torch.bmm(self.rotation[group], c[:, :k, None])[:, :, 0]
+        if s.residual is None:
+            return s.to_colours(along @ s.basis.T)
+        across = s.synthesise(c[:, k:])
+        return s.to_colours(across + (along - across @ s.basis) @ s.basis.T)
+
+    def _colour(self, v, lam, group):
+        s = self.surrogate
+        v = s.to_channels(v)
+        along = v @ s.basis
+        c = torch.bmm(along[:, None], self.rotation[group])[:, 0]
+        if s.residual is not None:
+            c = torch.cat((c, s.analyse(v - along @ s.basis.T)), 1)
+        return self._from_modes(c, lam, group)
+
     def _block(self, g, lam, group):
         """Inverse of ``H`` on the components, and apart from them as if ``A^T W A`` were even."""
-        return self._colour(self._whiten(g, lam, group), lam, group)
+        return self._from_modes(self._modes(g, lam, group), lam, group)
 
     def _apply(self, v, lam, group, affine=None):
         """``H(lam) v``."""
@@ -359,12 +391,15 @@ class GaussianMetric:
     def whiten(self, g, lam, rows):
         """Gradients (k, d) of some rows with respect to coordinates in which ``H`` is about 1.
 
-        The coordinates (k, p) are those along the components, and those of what is left.
+        Of all such coordinates, which differ by a rotation, these are those nearest to pixels (as
+        in "zero-phase" whitening), in colours that do not correlate. What is scaled coordinate by
+        coordinate, as by Adam, is then scaled place by place: where the prior is how stiff, at an
+        edge or in a flat part, is what the Gaussian does not know.
         """
         return padded(self._whiten, g, lam, self.group[rows])
 
     def colour(self, c, lam, rows):
-        """Steps (k, d) in image space from steps (k, p) in the coordinates of :meth:`whiten`."""
+        """Steps (k, d) in image space from steps (k, d) in the coordinates of :meth:`whiten`."""
         return padded(self._colour, c, lam, self.group[rows])
 
     def start(self, lam, steps=32):

@@ -10,7 +10,7 @@ from skaipo.solvers._lbfgs import LBFGS
 
 __all__ = ["Hybrid"]
 
-_SMOOTH = LBFGS(give_up=0.25)
+_SMOOTH = LBFGS(give_up=0.15)
 _ROUGH = Adam(warm_up=10, preconditioner="gaussian")
 
 
@@ -27,7 +27,8 @@ class Hybrid(Method):
     Parameters
     ----------
     smooth : LBFGS, default=None
-        None: ``LBFGS(give_up=0.25)``, which hands a row over when a quarter of its trials fails.
+        None: ``LBFGS(give_up=0.15)``, which hands a row over when more than 15 % of its trials
+        fail.
     rough : Method, default=None
         None: ``Adam(warm_up=10, preconditioner="gaussian")``.
     """
