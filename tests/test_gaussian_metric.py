@@ -293,7 +293,6 @@ def test_what_the_components_leave_is_in_the_metric(kind):
         exact = mean + np.linalg.solve(H, W[i] * np.nan_to_num(y[i] - mean))
         np.testing.assert_allclose(start[i], exact, atol=1e-3 * np.abs(exact - mean).max())
     # Preconditioned it is much better conditioned than it was, and symmetric and positive.
-    everyone = torch.arange(4)
     for i in (1, 3):
         eye = torch.eye(300, dtype=torch.float64)
         inverse = metric.solve(eye, lam[[i]].expand(300), torch.full((300,), i)).numpy()
