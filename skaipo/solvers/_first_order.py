@@ -36,7 +36,8 @@ class Adam(Method):
         those of single gradients.)
     preconditioner : {"gaussian", None}, default=None
         "gaussian": where the objective has a :class:`GaussianMetric` (in image space), the moments
-        are those of the gradient in coordinates that make its Gaussian posterior white.
+        are those of the gradient in coordinates that make its Gaussian posterior white, and that
+        are local: pixels, spread over their surroundings.
     """
 
     def __init__(
