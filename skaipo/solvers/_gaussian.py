@@ -116,6 +116,20 @@ class GaussianSurrogate:
         """``F^T c`` for rows (n, d)."""
         return self._transform(c, [axis.T for axis in self.axes])
 
+    def split(self, v):
+        """Coefficients of rows (n, d) along the components, and in ``F`` of what is left."""
+        along = v @ self.basis
+        if self.residual is None:
+            return along, None
+        return along, self.analyse(v - along @ self.basis.T)
+
+    def join(self, along, across):
+        """Rows (n, d) from coefficients along the components, and in ``F`` apart from them."""
+        if across is None:
+            return along @ self.basis.T
+        across = self.synthesise(across)
+        return across + (along - across @ self.basis) @ self.basis.T
+
     def to_colours(self, v):
         """Images (n, d) in the colours, in place of channels, that do not correlate."""
         return self._transform(v, self.axes[:1])
@@ -334,49 +348,32 @@ class GaussianMetric:
             return inner, None
         return inner, _inverse_root(self.level[group, None] + lam[:, None] / s.residual, 0.0)
 
-    def _modes(self, g, lam, group):
-        """Gradients along the modes of the Gaussian posterior, in which it is white: (k, p)."""
-        s = self.surrogate
+    def _scaled(self, v, lam, group, before, after, times=1):
+        """``v`` divided by the root of the curvature, once or twice, mode by mode.
+
+        The modes are those of the Gaussian posterior: the components, scaled by ``before`` and
+        rotated, and rotated back and scaled by ``after``; and apart from them those of the basis
+        of what is left, as if ``A^T W A`` were even there.
+        """
+        s, rotation = self.surrogate, self.rotation[group]
         inner, outer = self._scales(lam, group)
-        along = g @ s.basis
-        c = torch.bmm((along * self.spread)[:, None], self.rotation[group])[:, 0] * inner
-        if outer is None:
-            return c
-        return torch.cat((c, s.analyse(g - along @ s.basis.T) * outer), 1)
-
-    def _from_modes(self, c, lam, group):
-        """Steps in image space from steps (k, p) along the modes: the transpose."""
-        s = self.surrogate
-        inner, outer = self._scales(lam, group)
-        k = s.basis.shape[1]
-        along = torch.bmm(self.rotation[group], (c[:, :k] * inner)[:, :, None])[:, :, 0]
-        along = along * self.spread
-        if outer is None:
-            return along @ s.basis.T
-        across = s.synthesise(c[:, k:] * outer)
-        return across + (along - across @ s.basis) @ s.basis.T
-
-    def _whiten(self, g, lam, group):
-        s, k = self.surrogate, self.surrogate.basis.shape[1]
-        c = self._modes(g, lam, group)
-        along = torch.bmm(self.rotation[group], c[:, :k, None])[:, :, 0]
-        if s.residual is None:
-            return s.to_colours(along @ s.basis.T)
-        across = s.synthesise(c[:, k:])
-        return s.to_colours(across + (along - across @ s.basis) @ s.basis.T)
-
-    def _colour(self, v, lam, group):
-        s = self.surrogate
-        v = s.to_channels(v)
-        along = v @ s.basis
-        c = torch.bmm(along[:, None], self.rotation[group])[:, 0]
-        if s.residual is not None:
-            c = torch.cat((c, s.analyse(v - along @ s.basis.T)), 1)
-        return self._from_modes(c, lam, group)
+        along, across = s.split(v)
+        along = torch.bmm((along * before)[:, None], rotation)[:, 0]
+        for _ in range(times):
+            along = along * inner
+            across = None if across is None else across * outer
+        along = torch.bmm(rotation, along[:, :, None])[:, :, 0] * after
+        return s.join(along, across)
 
     def _block(self, g, lam, group):
-        """Inverse of ``H`` on the components, and apart from them as if ``A^T W A`` were even."""
-        return self._from_modes(self._modes(g, lam, group), lam, group)
+        """Inverse of ``H``, but for what mixes the components with the rest, or is uneven there."""
+        return self._scaled(g, lam, group, self.spread, self.spread, times=2)
+
+    def _whiten(self, g, lam, group):
+        return self.surrogate.to_colours(self._scaled(g, lam, group, self.spread, 1.0))
+
+    def _colour(self, c, lam, group):
+        return self._scaled(self.surrogate.to_channels(c), lam, group, 1.0, self.spread)
 
     def _apply(self, v, lam, group, affine=None):
         """``H(lam) v``."""
