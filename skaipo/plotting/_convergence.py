@@ -224,7 +224,7 @@ class ConvergenceDisplay(Display):
         what = "objective − best of the row" if gap else "objective at the current λ"
         ax.set_xlabel("iteration of the solver (the start is not counted)", fontsize=FONT)
         ax.set_ylabel(with_unit(what, self.unit), fontsize=FONT)
-        ax.tick_params(labelsize=FONT - 1)
+        ax.tick_params(which="both", labelsize=FONT - 1)
         ax.legend(fontsize=FONT - 1)
         if title:
             ax.set_title(title, fontsize=FONT + 1)

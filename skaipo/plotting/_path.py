@@ -370,6 +370,6 @@ class LambdaPathDisplay(Display):
             )
         axes.set_xlabel("λ", fontsize=FONT)
         axes.set_ylabel(label, fontsize=FONT)
-        axes.tick_params(labelsize=FONT - 1)
+        axes.tick_params(which="both", labelsize=FONT - 1)
         if legend:
             axes.legend(fontsize=FONT - 1.5, framealpha=0.8)
