@@ -444,9 +444,15 @@ def draw(rows, path):
             ):
                 axis.plot([r[x] for r in line], [r[y] for r in line], ".-", label=label)
         for axis in column[:2]:
-            axis.set_yscale("log")
+            # The best of all is zero above the best.
+            axis.set_yscale("symlog", linthresh=1e-3)
+            axis.set_ylim(bottom=0)
         for axis in column:
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter("")
+        for axis in column[::2]:
+            budgets = sorted({row["budget"] for row in mine})
+            axis.set_xticks(budgets, [str(budget) for budget in budgets])
         column[0].set_title(f"{task}, {flow}")
         for axis, label in zip(
             column,
@@ -516,7 +522,7 @@ def main():
     for row in fresh:
         print({k: v for k, v in row.items() if k not in versions and v != ""})
     if "curves" in args.parts:
-        draw(bench.table, RESULTS / "solvers_curves.png")
+        draw(bench.table, HERE.parent / "docs" / "images" / "solvers.png")
 
 
 if __name__ == "__main__":
