@@ -102,7 +102,7 @@ curve.plot(lams, -grid.cv_results_["mean_test_score"], "o", color=grey, label="G
 curve.axvline(search.lam_, color="black", linestyle=":", linewidth=1)
 curve.text(search.lam_ * 1.1, curve.get_ylim()[1], "chosen by both", va="top", fontsize=9)
 curve.set(xscale="log", xlabel="lambda", ylabel="mean squared error, held-out folds")
-curve.legend(loc="upper center", fontsize=9)
+curve.legend(loc="upper right", fontsize=9)
 names = ["GridSearchCV", "AIPO-\nRegressorCV"]
 for axes, values, title, form in (
     (evals, [grid_evals, search.n_evals_], "flow evaluations", "{:.0f}"),
