@@ -134,12 +134,15 @@ def at_best_lambda(found):
         body.append(
             [
                 TASKS[task].label,
+                ", ".join(f"{lam:g}" for lam in sorted(groups)),
                 f"{a:.2f} (lambda {ours:g})",
                 f"{b:.2f} ({NAMES[method]}, lambda {theirs:g})",
                 f"{a - b:+.2f}",
             ]
         )
-    return markdown(["task", "skaipo's default", "best paper-style method", "difference"], body)
+    return markdown(
+        ["task", "lambdas run", "skaipo's default", "best paper-style method", "difference"], body
+    )
 
 
 def rates(found):

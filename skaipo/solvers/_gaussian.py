@@ -52,8 +52,8 @@ class GaussianSurrogate:
     residual : torch.Tensor of shape (d,), or None
         ``p``; None if the components are all there is.
     axes : list of torch.Tensor
-        One orthonormal matrix per axis of the event; ``F`` is their Kronecker product. Empty for
-        the canonical basis.
+        One orthonormal matrix per axis of an image, the first of them to colours that do not
+        correlate; ``F`` is their Kronecker product. Empty for vectors: the canonical basis.
     """
 
     def __init__(self, mean, basis, variances, residual, axes):
@@ -147,44 +147,33 @@ class GaussianSurrogate:
         return self._spectral(v, self.variances, lambda p: p)
 
     def _spectral(self, v, inner, outer):
-        along = v @ self.basis
-        out = (along * inner) @ self.basis.T
-        if self.residual is None:
-            return out
-        across = self.analyse(v - along @ self.basis.T) * outer(self.residual)
-        across = self.synthesise(across)
-        return out + across - (across @ self.basis) @ self.basis.T
+        along, across = self.split(v)
+        return self.join(along * inner, None if across is None else across * outer(self.residual))
 
     def quadratic(self, v):
         """``v^T S v`` for rows (n, d)."""
-        along = v @ self.basis
+        along, across = self.split(v)
         size = (along.square() / self.variances).sum(1)
-        if self.residual is not None:
-            across = self.analyse(v - along @ self.basis.T)
-            size = size + (across.square() / self.residual).sum(1)
-        return size
+        return size if across is None else size + (across.square() / self.residual).sum(1)
 
     def sample(self, n, seed=0):
         """Draw images (n, d)."""
         generator = torch.Generator().manual_seed(seed)
         k, d = self.basis.shape[1], len(self.mean)
         noise = torch.randn(n, k + d, generator=generator, dtype=torch.float64).to(self.mean)
-        x = (noise[:, :k] * self.variances.sqrt()) @ self.basis.T
-        if self.residual is not None:
-            across = self.synthesise(noise[:, k:] * self.residual.sqrt())
-            x = x + across - (across @ self.basis) @ self.basis.T
-        return self.mean + x
+        across = None if self.residual is None else noise[:, k:] * self.residual.sqrt()
+        return self.mean + self.join(noise[:, :k] * self.variances.sqrt(), across)
 
     @staticmethod
     def _transform(v, axes):
         if not axes:
             return v
         n, d = v.shape
-        if len(axes) == 1:
-            return torch.matmul(axes[0], v.reshape(n, len(axes[0]), -1)).reshape(n, d)
-        colours, rows, columns = axes
-        v = v.reshape(n * len(colours), len(rows), len(columns))
-        v = torch.matmul(torch.matmul(rows, v), columns.T)
+        colours, *lengths = axes
+        if lengths:
+            rows, columns = lengths
+            v = v.reshape(n * len(colours), len(rows), len(columns))
+            v = torch.matmul(torch.matmul(rows, v), columns.T)
         return torch.matmul(colours, v.reshape(n, len(colours), -1)).reshape(n, d)
 
 
