@@ -36,7 +36,7 @@ from skaipo.metrics import psnr_score
 from skaipo.noise import GaussianNoise
 from skaipo.objective import MAPObjective
 from skaipo.operators import CompressedSensing, Denoising, Inpainting
-from skaipo.solvers import Adam, GeometricSchedule
+from skaipo.solvers import Adam, LatticeSchedule
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -354,31 +354,36 @@ class Bench:
         x = self.images("test", self.args.path_images)
         op, noise, y = measure(task, x, self.args.seed)
         prior = self.prior(flow)
-        for budget in (300,):
-            shared = dict(noise=noise, max_evals=budget)
-            lams, _, along, spent = aipo_path(y, op, prior, return_details=True, **shared)
-            for label, params in (
-                ("the same schedule", dict(schedule=GeometricSchedule(share=0.9))),
-                ("the default", {}),
+        lams, _, along, spent = aipo_path(y, op, prior, noise=noise, return_details=True)
+        for label, params in (
+            ("the same schedule", dict(schedule="lattice", max_evals=600)),
+            ("the default", {}),
+        ):
+            excess, evaluations = {}, []
+            for k in range(0, len(lams), 2):
+                model = AIPORegressor(op, float(lams[k]), prior=prior, noise=noise, **params)
+                single = model.reconstruct(y)
+                excess[k] = along[k].objective / single.objective - 1
+                evaluations.append(float(np.mean(single.n_evals)))
+            # Where the path begins is where the largest lambdas begin.
+            middle = LatticeSchedule().middle * lams[-1] * 1.2
+            for which, chosen in (
+                ("all lambdas", list(excess)),
+                ("up to the middle", [k for k in excess if lams[k] <= middle]),
+                ("above", [k for k in excess if lams[k] > middle]),
             ):
-                excess, evaluations = [], 0.0
-                for k in range(0, len(lams), 3):
-                    model = AIPORegressor(op, float(lams[k]), prior=prior, **shared, **params)
-                    single = model.reconstruct(y)
-                    excess.append(along[k].objective / single.objective - 1)
-                    evaluations += float(np.mean(single.n_evals))
-                excess = np.array(excess)
+                values = np.array([excess[k] for k in chosen])
                 self.row(
                     "path",
                     flow,
                     task,
-                    f"20 lambdas against single solves by {label}",
-                    budget=budget,
+                    f"20 lambdas against single solves by {label}, {which}",
+                    budget=max(int(result.n_evals.max()) for result in along),
                     images=len(x),
-                    excess=float(np.median(excess)),
-                    excess_worst=float(np.abs(excess).max()),
-                    share=float(np.mean(np.abs(excess) <= 0.005)),
-                    ratio=spent / len(x) / (evaluations / len(excess)),
+                    excess=float(np.median(values)),
+                    excess_worst=float(values.max()),
+                    share=float(np.mean(values <= 0.005)),
+                    ratio=spent / len(x) / float(np.mean(evaluations)),
                 )
 
     def curves(self, flow, task):

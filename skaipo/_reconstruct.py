@@ -17,6 +17,7 @@ from skaipo.solvers import (
     gauss_newton_start,
     gaussian_start,
     infeasible,
+    lattice_path,
     minimize,
     mle_start,
     off_centre,
@@ -277,12 +278,13 @@ def _solve_rows(problem, y, starts, params):
             metric = GaussianMetric(problem.surrogate, objective) if metric is None else metric
             objective.metric = metric
         history = [] if problem.history else None
-        results, spent = [], 0
+        results, spent = {}, 0
         for lam, solution, n_evals, so_far in _solutions(problem, objective, start, history):
-            results.append(_result(objective, lam, solution, n_evals, history))
+            results[lam] = _result(objective, lam, solution, n_evals, history)
             spent = so_far
         total += spent
-        runs.append(results)
+        # (Along a lattice they come from its middle outwards.)
+        runs.append([results[lam] for lam in problem.lams])
     return [_best(list(results)) for results in zip(*runs, strict=True)], total
 
 
@@ -347,8 +349,7 @@ def _solutions(problem, objective, start, history):
         fallback = objective.centre() if objective.space == "image" else z0
     if isinstance(start, str) and start == "gaussian":
         # Where a path has a trunk the start is that of the trunk, whatever the targets.
-        trunk = getattr(problem.schedule, "trunk", lambda objective: lams)(objective)
-        target = torch.full_like(y[:, 0], trunk[0])
+        target = torch.full_like(y[:, 0], _first(problem, objective, lams))
         if objective.op.is_linear:
             u0 = gaussian_start(objective, target, max_evals=max_evals // 3)
         else:
@@ -369,6 +370,13 @@ def _solutions(problem, objective, start, history):
         solution = minimize(objective, u0, torch.full_like(y[:, 0], lam), problem.method, **options)
         yield lam, solution, objective.n_evals, int(objective.n_evals.sum())
         return
+    options["fallback"] = fallback
+    if hasattr(problem.schedule, "lattice"):
+        for position, solution, n_evals, so_far in lattice_path(
+            objective, u0, lams, problem.method, problem.schedule, **options
+        ):
+            yield lams[position], solution, n_evals, int(so_far.sum())
+        return
     spent = 0
     for lam, (solution, n_evals, trunk) in zip(
         lams,
@@ -378,13 +386,20 @@ def _solutions(problem, objective, start, history):
             lams,
             problem.method,
             problem.schedule,
-            fallback=fallback,
             **options,
         ),
         strict=True,
     ):
         spent += int((n_evals - trunk).sum())
         yield lam, solution, n_evals, spent + int(trunk.sum())
+
+
+def _first(problem, objective, lams):
+    """The first lambda on the way, whatever the targets where there is a trunk or a lattice."""
+    if hasattr(problem.schedule, "lattice"):
+        lattice, middle = problem.schedule.lattice(objective, problem.max_evals)
+        return lattice[middle]
+    return problem.schedule.trunk(objective)[0] if hasattr(problem.schedule, "trunk") else lams[0]
 
 
 def _result(objective, lam, solution, n_evals, history):

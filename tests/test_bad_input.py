@@ -154,7 +154,7 @@ def test_unknown_init():
 
 def test_unknown_schedule():
     model = AIPORegressor(CompressedSensing(M), prior=GaussianPrior(np.zeros(D), np.eye(D)))
-    message = "schedule must be one of 'direct', 'linear', 'geometric', 'adaptive', got "
+    message = "schedule must be one of 'direct', 'linear', 'geometric', 'lattice', 'adaptive', got "
     for schedule in ("exponential", 3, None, LinearSchedule):
         with pytest.raises(ValueError, match=message):
             model.set_params(schedule=schedule).predict(Y_GOOD)

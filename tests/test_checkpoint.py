@@ -97,7 +97,7 @@ MODELS = {
     ),
     "several starts": lambda: model(n_starts=4, max_evals=40, random_state=0),
     "adaptive": lambda: model(schedule="adaptive", init="mle"),
-    "latent lbfgs": lambda: model(solver="lbfgs", space="latent", schedule="geometric"),
+    "latent lbfgs": lambda: model(solver="lbfgs", space="latent", schedule="lattice"),
     "fixed lambda": lambda: model(FixedLambdaMAP, init="zero"),
     "random": lambda: model(FixedLambdaMAP, init="random", random_state=3),
     "transformer": lambda: model(AIPOTransformer),

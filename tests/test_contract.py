@@ -506,7 +506,7 @@ GRIDS = {
     "sigma": {"noise__sigma": [0.1, 0.4, 1.6]},
     "solver": {"solver": ["adam", "lbfgs", "gd"], "space": ["image", "latent"]},
     "operator": {"op": [Denoising(), MatrixOperator(0.5 * np.eye(D))]},
-    "schedule": {"schedule": ["linear", "geometric"]},
+    "schedule": {"schedule": ["linear", "geometric", "lattice"]},
 }
 
 

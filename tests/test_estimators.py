@@ -43,6 +43,7 @@ OPERATORS = {
 STARTS = {
     "aipo": lambda *a, **k: AIPORegressor(*a, **k),
     "geometric": lambda *a, **k: AIPORegressor(*a, schedule="geometric", **k),
+    "lattice": lambda *a, **k: AIPORegressor(*a, schedule="lattice", **k),
     "mle": lambda *a, **k: FixedLambdaMAP(*a, init="mle", **k),
     "zero": lambda *a, **k: FixedLambdaMAP(*a, init="zero", **k),
     "random": lambda *a, **k: FixedLambdaMAP(*a, init="random", random_state=0, **k),
@@ -131,7 +132,9 @@ def test_the_numbers_of_a_reconstruction_are_true(start, space, penalty):
     assert sum(result.counts().values()) == len(Y)
     for i in range(len(Y)):
         lams, values = result.lam_history[i], result.objective_history[i]
-        assert (np.diff(lams) >= 0).all() and lams[-1] == lam
+        steps = np.diff(lams)
+        # The middle of the lattice is above: lambda falls.
+        assert ((steps <= 0) if start == "lattice" else (steps >= 0)).all() and lams[-1] == lam
         # Never worse than what the last stage has seen.
         assert result.objective[i] <= values[lams == lam].min() + 1e-6 * abs(values).max()
     text = repr(result)
@@ -187,7 +190,7 @@ def test_every_evaluation_is_counted(monkeypatch, start, op):
 
 @pytest.mark.parametrize("n_starts", [1, 3])
 @pytest.mark.parametrize("max_evals", [4, 7])
-@pytest.mark.parametrize("schedule", ["direct", "adaptive", "linear", "geometric"])
+@pytest.mark.parametrize("schedule", ["direct", "adaptive", "linear", "geometric", "lattice"])
 @pytest.mark.parametrize("space", ["image", "latent"])
 @pytest.mark.parametrize("init", ["gaussian", "mle"])
 def test_the_smallest_budgets_hold(init, space, schedule, max_evals, n_starts):
@@ -202,7 +205,7 @@ def test_the_smallest_budgets_hold(init, space, schedule, max_evals, n_starts):
 
 
 @pytest.mark.parametrize("solver, space", [("adam", "image"), ("lbfgs", "latent")])
-@pytest.mark.parametrize("start", ["aipo", "geometric", "mle"])
+@pytest.mark.parametrize("start", ["aipo", "geometric", "lattice", "mle"])
 @pytest.mark.parametrize("op", ["denoising", "inpainting"])
 def test_rows_do_not_depend_on_each_other(op, start, solver, space):
     """Bit for bit in float32: alone, in small and large batches, beside a poisoned row.

@@ -55,6 +55,7 @@ MODELS = {
     "adam": dict(solver="adam", schedule="linear", init="mle", mle_solver="pgd"),
     "lbfgs in z": dict(solver="lbfgs", space="latent"),
     "geometric": dict(schedule="geometric"),
+    "lattice": dict(schedule="lattice"),
 }
 
 

@@ -34,11 +34,13 @@ from skaipo.solvers import (
     GeometricSchedule,
     GradientDescent,
     Hybrid,
+    LatticeSchedule,
     LinearSchedule,
     Method,
     continuation,
     continuation_path,
     gaussian_start,
+    lattice_path,
     minimize,
     mle_start,
     surrogate_of,
@@ -52,7 +54,13 @@ METHODS = {
     "gd": GradientDescent,
     "hybrid": lambda: Hybrid(rough=Adam(learning_rate=0.1)),
 }
-SCHEDULES = [LinearSchedule(), GeometricSchedule(), AdaptiveSchedule(), DirectSchedule()]
+SCHEDULES = [
+    LinearSchedule(),
+    GeometricSchedule(),
+    AdaptiveSchedule(),
+    DirectSchedule(),
+    LatticeSchedule(),
+]
 # Every method along two schedules, and the others with the methods that hold the most state.
 PAIRS = [
     *((name, schedule) for name in METHODS for schedule in SCHEDULES[:2]),
@@ -500,7 +508,7 @@ def test_the_budget_holds_everything_that_was_evaluated(name, schedule, max_eval
     counts = np.bincount(np.concatenate(calls), minlength=9)
     assert objective.n_evals.tolist() == counts.tolist()
     assert max(counts) <= max_evals
-    if not isinstance(schedule, GeometricSchedule):
+    if not isinstance(schedule, GeometricSchedule | LatticeSchedule):
         assert max(counts) == max_evals
 
 
@@ -946,9 +954,10 @@ def test_lambda_rises_to_the_target_and_ends_there(schedule, name, max_evals):
     )
     assert (solution.lam == target).all()
     for lams in lambdas_of_rows(history, n):
-        assert all(a <= b for a, b in pairwise(lams))
+        falls = isinstance(schedule, LatticeSchedule) and lams[0] > target
+        assert all(a >= b if falls else a <= b for a, b in pairwise(lams))
         assert lams and lams[-1] == target, "every row gets to the target, bit by bit"
-        if max_evals >= 60:
+        if max_evals >= 60 and not isinstance(schedule, LatticeSchedule):
             # (A step that needs no correction leaves no trace in the history.)
             few = 1 if isinstance(schedule, AdaptiveSchedule) else 5
             assert len(set(lams)) > few and lams[0] < 0.2 * target
@@ -1016,6 +1025,79 @@ def test_geometric_trunk_does_not_depend_on_the_target():
     for target in (anchor / 1000, anchor / 20, 0.9 * anchor, 10 * anchor):
         lams, _ = schedule.stages(objective, target, 300)
         np.testing.assert_allclose(lams, [lam for lam in trunk if lam < target])
+
+
+def test_the_lattice_does_not_depend_on_the_target():
+    objective = flow_problem(n=2)
+    anchor = objective.flow.data_scale() ** 2 / SIGMA**2
+    lams, middle = LatticeSchedule(n_stages=7, span=1e3, middle=0.12).lattice(objective, 300)
+    np.testing.assert_allclose(lams, anchor * 10 ** np.linspace(-3, 0, 7))
+    assert lams[middle] == pytest.approx(0.1 * anchor)
+    # A stage of less than a dozen evaluations is none.
+    assert len(LatticeSchedule().lattice(objective, 60)[0]) == 5
+    for wrong in (dict(n_stages=1), dict(span=1.0), dict(middle=0), dict(share=1.0)):
+        with pytest.raises(ValueError, match=r"needs n_stages >= 2, span > 1.*got LatticeSched"):
+            LatticeSchedule(**wrong).lattice(objective, 300)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_lattice_is_its_single_solves_and_costs_one_way_down_and_one_up(name, space):
+    schedule, options = LatticeSchedule(n_stages=6), dict(max_evals=72, tol=1e-12)
+
+    def begin():
+        objective = flow_problem(RealNVP, space, n=5)
+        x0, _ = mle_start(objective, max_evals=15)
+        return objective, objective.variable(x0), start_of(objective)
+
+    objective, u, fallback = begin()
+    options["fallback"] = fallback
+    lams, middle = schedule.lattice(objective, 72)
+    assert 0 < middle < 5
+    # All of the lattice, one between, and one beyond each end.
+    targets = [lams[0] / 9, *lams[:2], (lams[1] * lams[2]) ** 0.5, *lams[2:], 7 * lams[-1]]
+    solved, order, before = {}, [], None
+    for position, solution, n_evals, so_far in lattice_path(
+        objective, u, targets, METHODS[name](), schedule, **options
+    ):
+        order.append(targets[position])
+        solved[targets[position]] = n_evals, so_far
+        single, u_single, _ = begin()
+        alone = continuation(
+            single, u_single, targets[position], METHODS[name](), schedule, **options
+        )
+        assert torch.equal(solution.u, alone.u) and torch.equal(solution.status, alone.status)
+        assert torch.equal(n_evals, single.n_evals) and (n_evals <= 72).all()
+        assert before is None or (so_far >= before).all()
+        before = so_far
+    assert sorted(order) == targets and order[0] == lams[middle]
+    # The stages of the lattice are counted once, and the three branches.
+    down, up, start = solved[lams[0]][0], solved[lams[-1]][0], solved[lams[middle]][0]
+    branches = sum(
+        solved[lam][0] - solved[parent][0]
+        for lam, parent in (
+            (targets[0], lams[0]),
+            (targets[3], lams[2] if middle >= 2 else lams[1]),
+            (targets[-1], lams[-1]),
+        )
+    )
+    assert torch.equal(before, down + up - start + branches)
+
+
+def test_a_new_stage_keeps_the_curvature_and_forgets_the_moments():
+    objective = flow_problem(n=3)
+    u = start_of(objective)
+    for method in (LBFGS(), Hybrid(rough=Adam(0.1)), Adam(0.1)):
+        memory = minimize(objective, u, rows_of(1, 3), method, max_evals=9, tol=0.0).memory
+        before = {key: value.clone() for key, value in memory.items()}
+        method.renew(memory)
+        for key, value in memory.items():
+            moments = key.removeprefix("rough.") in ("mean", "square", "steps")
+            if moments:
+                assert (value == 0).all()
+            elif "powers" not in key:
+                assert torch.equal(value, before[key])
+        objective.n_evals.zero_()
 
 
 @pytest.mark.parametrize("space", SPACES)

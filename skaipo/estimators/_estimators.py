@@ -9,7 +9,13 @@ from skaipo._validation import check_batch, masked, to_numpy
 from skaipo.estimators._base import Reconstructor, is_fitted, is_learnt
 from skaipo.objective import check_choice
 from skaipo.operators import as_operator
-from skaipo.solvers import AdaptiveSchedule, DirectSchedule, GeometricSchedule, LinearSchedule
+from skaipo.solvers import (
+    AdaptiveSchedule,
+    DirectSchedule,
+    GeometricSchedule,
+    LatticeSchedule,
+    LinearSchedule,
+)
 
 __all__ = ["AIPORegressor", "AIPOTransformer", "Continuation", "FixedLambdaMAP", "Regressor"]
 
@@ -17,6 +23,7 @@ _SCHEDULES = {
     "direct": DirectSchedule,
     "linear": LinearSchedule,
     "geometric": GeometricSchedule,
+    "lattice": LatticeSchedule,
     "adaptive": AdaptiveSchedule,
 }
 
@@ -185,10 +192,12 @@ class AIPORegressor(Continuation, Regressor):
         Variable of the optimisation: the image, or ``z`` with ``x = G(z)``.
     penalty : {"density", "latent"}, default="density"
         ``-log p_G(x)``, the same function in both spaces, or ``||z||^2 / 2``.
-    schedule : {"direct", "linear", "geometric", "adaptive"} or schedule object, default="direct"
-        How lambda rises: not at all (the target from the first step), in equal steps
-        (:class:`~skaipo.solvers.LinearSchedule`), along fixed lambdas in equal ratios
-        (:class:`~skaipo.solvers.GeometricSchedule`), or as each row can follow
+    schedule : {"direct", "linear", "geometric", "lattice", "adaptive"} or schedule object, \
+            default="direct"
+        How lambda moves: not at all (the target from the first step), up in equal steps
+        (:class:`~skaipo.solvers.LinearSchedule`), up along fixed lambdas in equal ratios
+        (:class:`~skaipo.solvers.GeometricSchedule`), from the middle of such lambdas to the
+        target (:class:`~skaipo.solvers.LatticeSchedule`), or up as each row can follow
         (:class:`~skaipo.solvers.AdaptiveSchedule`).
     init : {"auto", "gaussian", "mle", "zero", "random"}, default="auto"
         Start. "gaussian": the solution if the prior were the Gaussian of the same mean and

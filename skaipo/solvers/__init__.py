@@ -1,7 +1,7 @@
 """Solvers of the MAP problem: update rules, the loop that runs them, and the continuation."""
 
 from skaipo.solvers._base import STATUS, Method, Solution, minimize
-from skaipo.solvers._continuation import continuation, continuation_path
+from skaipo.solvers._continuation import continuation, continuation_path, lattice_path
 from skaipo.solvers._first_order import Adam, GradientDescent
 from skaipo.solvers._gauss_newton import gauss_newton_start
 from skaipo.solvers._gaussian import GaussianMetric, GaussianSurrogate, gaussian_start, surrogate_of
@@ -12,6 +12,7 @@ from skaipo.solvers._schedules import (
     AdaptiveSchedule,
     DirectSchedule,
     GeometricSchedule,
+    LatticeSchedule,
     LinearSchedule,
     TheorySchedule,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "GeometricSchedule",
     "GradientDescent",
     "Hybrid",
+    "LatticeSchedule",
     "LinearSchedule",
     "Method",
     "Solution",
@@ -37,6 +39,7 @@ __all__ = [
     "gauss_newton_start",
     "gaussian_start",
     "infeasible",
+    "lattice_path",
     "minimize",
     "misfit",
     "mle_start",

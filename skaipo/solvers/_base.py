@@ -79,6 +79,9 @@ class Method(CheckedKeywords, BaseEstimator):
     def retarget(self, memory, u, evaluation, lam, rows):
         """Lambda or the point has changed for the rows of a boolean mask."""
 
+    def renew(self, memory):
+        """A new stage begins, at another lambda, with steps as long as in the first."""
+
     def forget(self, memory, rows):
         """Drop what was learnt in the rows of a boolean mask: they go on from another point."""
 

@@ -1,10 +1,12 @@
 """AIPO: follow the minimiser from lambda = 0 to the target."""
 
+import math
+
 import torch
 
 from skaipo.solvers._base import CONVERGED, minimize
 
-__all__ = ["continuation", "continuation_path"]
+__all__ = ["continuation", "continuation_path", "lattice_path"]
 
 
 def _copy(memory):
@@ -25,6 +27,34 @@ def _stage(objective, state, lam, method, limit, tol, history, anneal):
         anneal=anneal,
         history=history,
     )
+
+
+def _begin(objective, u, fallback):
+    """The state at the start, and the evaluation of the fallback, which replaces lost rows."""
+    evaluation, spare = objective.evaluate(u), None
+    if fallback is not None:
+        spare = objective.evaluate(fallback)
+        spare.prior[~spare.finite()] = torch.inf
+        lost = ~evaluation.finite() & spare.finite()
+        u = torch.where(lost[:, None], fallback, u)
+        evaluation = evaluation.where(lost, spare)
+    return (u, evaluation, None), spare
+
+
+def _rescued(state, spare, fallback, target, method):
+    """The state, with the fallback in rows whose objective at the target is above that one's."""
+    if spare is None:
+        return state
+    u, evaluation, memory = state
+    lam = torch.full_like(evaluation.data, target)
+    failed = ~(evaluation.value(lam) <= spare.value(lam)) & spare.finite()
+    if failed.any():
+        u = torch.where(failed[:, None], fallback, u)
+        evaluation = evaluation.where(failed, spare)
+        if memory is not None:
+            memory = _copy(memory)
+            method.forget(memory, failed)
+    return u, evaluation, memory
 
 
 def _climb(objective, state, target, method, schedule, max_evals, history):
@@ -115,15 +145,8 @@ def continuation_path(
     trunk_evals : torch.Tensor of shape (n,)
         Those without the branch.
     """
-    evaluation, spare = objective.evaluate(u), None
     exact = getattr(schedule, "exact", False)
-    if fallback is not None and not exact:
-        spare = objective.evaluate(fallback)
-        spare.prior[~spare.finite()] = torch.inf
-        lost = ~evaluation.finite() & spare.finite()
-        u = torch.where(lost[:, None], fallback, u)
-        evaluation = evaluation.where(lost, spare)
-    state = (u, evaluation, None)
+    state, spare = _begin(objective, u, None if exact else fallback)
     climbed = 0
     for target in targets:
         if hasattr(schedule, "climb"):
@@ -143,15 +166,7 @@ def continuation_path(
             climbed = len(lams)
             u, evaluation, memory = state
             trunk_evals = objective.n_evals.clone()
-        if spare is not None:
-            lam = torch.full_like(evaluation.data, target)
-            failed = ~(evaluation.value(lam) <= spare.value(lam)) & spare.finite()
-            if failed.any():
-                u = torch.where(failed[:, None], fallback, u)
-                evaluation = evaluation.where(failed, spare)
-                if memory is not None:
-                    memory = _copy(memory)
-                    method.forget(memory, failed)
+        u, evaluation, memory = _rescued((u, evaluation, memory), spare, fallback, target, method)
         limit = (objective.n_evals + schedule.last(max_evals)).clamp_max(max_evals)
         solution = _stage(
             objective,
@@ -173,10 +188,92 @@ def continuation_path(
         objective.n_evals.copy_(trunk_evals)
 
 
+def lattice_path(
+    objective, u, targets, method, schedule, *, max_evals, tol=1e-4, fallback=None, history=None
+):
+    """Solve at targets along a lattice of lambdas, from its middle to both ends.
+
+    A target on the lattice is one of its stages; another one branches off from the last stage
+    before it. Either way its solution does not depend on the other targets.
+
+    Parameters
+    ----------
+    objective, u, targets, method, max_evals, tol, fallback, history
+        As in :func:`continuation_path`; ``u`` is a start for the middle.
+    schedule : LatticeSchedule
+
+    Yields
+    ------
+    position : int
+        Which of the targets it is: they come in the lattice's order.
+    solution : Solution
+    n_evals : torch.Tensor of shape (n,)
+        Evaluations on the way to this target alone, start included.
+    so_far : torch.Tensor of shape (n,)
+        Evaluations for all targets up to this one.
+    """
+    lams, middle = schedule.lattice(objective, max_evals)
+    stages = _stages_of(lams, middle, targets)
+    state, spare = _begin(objective, u, fallback)
+    left = (max_evals - objective.n_evals).clamp_min(0)
+    first, down, up = schedule.budgets(len(lams), middle, left)
+    so_far = objective.n_evals.clone()
+
+    def solve(state, lam, limit):
+        u, evaluation, memory = _rescued(state, spare, fallback, lam, method)
+        if memory is not None:
+            # What is annealed begins anew in every stage; what is known of the curvature stays.
+            memory = _copy(memory)
+            method.renew(memory)
+        before = objective.n_evals.clone()
+        state, limit = (u, evaluation, memory), limit.clamp_max(max_evals)
+        solution = _stage(objective, state, lam, method, limit, tol, history, anneal=True)
+        so_far.add_(objective.n_evals - before)
+        return solution
+
+    def served(k, solution, budget):
+        """The targets of a stage: it is their solution, or they branch off."""
+        n_evals = objective.n_evals.clone()
+        for position, on_lattice in stages.get(k, ()):
+            result = solution
+            if not on_lattice:
+                state = solution.u, solution.evaluation, solution.memory
+                result = solve(state, targets[position], n_evals + (budget // 2).clamp_min(1))
+            yield position, result, objective.n_evals.clone(), so_far.clone()
+            objective.n_evals.copy_(n_evals)
+
+    root = solve(state, lams[middle], objective.n_evals + first)
+    n_evals = objective.n_evals.clone()
+    yield from served(middle, root, down)
+    for step, budget, end in ((-1, down, min(stages)), (1, up, max(stages))):
+        solution = root
+        objective.n_evals.copy_(n_evals)
+        for k in range(middle + step, end + step, step):
+            state = solution.u, solution.evaluation, solution.memory
+            solution = solve(state, lams[k], objective.n_evals + budget)
+            yield from served(k, solution, budget)
+
+
+def _stages_of(lams, middle, targets):
+    """For each stage the targets that it serves: position, and whether they are its lambda."""
+    stages = {}
+    for position, target in enumerate(targets):
+        near = min(range(len(lams)), key=lambda k: abs(math.log(lams[k] / target)))
+        on_lattice = math.isclose(lams[near], target, rel_tol=1e-9)
+        if not on_lattice:
+            # The stage before it, on the way from the middle.
+            if target > lams[middle]:
+                near = max(k for k in range(middle, len(lams)) if lams[k] < target)
+            else:
+                near = min(k for k in range(middle + 1) if lams[k] > target)
+        stages.setdefault(near, []).append((position, on_lattice))
+    return stages
+
+
 def continuation(objective, u, target, method, schedule, **options):
     """Solve at one target; see :func:`continuation_path` for the parameters."""
-    ((solution, n_evals, _),) = continuation_path(
-        objective, u, [target], method, schedule, **options
-    )
+    path = lattice_path if hasattr(schedule, "lattice") else continuation_path
+    (step,) = path(objective, u, [target], method, schedule, **options)
+    solution, n_evals = step[-3:-1]
     objective.n_evals.copy_(n_evals)
     return solution

@@ -96,7 +96,8 @@ class Adam(Method):
         if self.final_rate is None:
             memory["final"][rows] = (_FINAL * share.square()).to(memory["final"].dtype)
         if self.betas is None:
-            first = 1 - 1 / (steps / 15).clamp(10.0, 50.0)
+            few = (steps / 7.5).clamp(5.0, 10.0)
+            first = 1 - 1 / (steps / 15).maximum(few).clamp_max(50.0)
             memory["betas"][rows, 0] = first.to(memory["betas"].dtype)
 
     def direction(self, memory, gradient):
@@ -126,6 +127,10 @@ class Adam(Method):
 
     def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
         return ok
+
+    def renew(self, memory):
+        # The gradients' sizes are those of another lambda.
+        self.forget(memory, torch.ones_like(memory["rate"], dtype=torch.bool))
 
     def forget(self, memory, rows):
         memory["mean"][rows] = memory["square"][rows] = 0.0

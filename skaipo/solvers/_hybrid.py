@@ -121,6 +121,11 @@ class Hybrid(Method):
         with self._part(memory, "rough") as (rough, own):
             rough.retarget(own, u, evaluation, lam, rows & memory["changed"])
 
+    def renew(self, memory):
+        for part in ("smooth", "rough"):
+            with self._part(memory, part) as (method, own):
+                method.renew(own)
+
     def forget(self, memory, rows):
         for part in ("smooth", "rough"):
             with self._part(memory, part) as (method, own):

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import torch
 from sklearn.base import BaseEstimator
 
 from skaipo._keywords import CheckedKeywords
@@ -11,6 +12,7 @@ __all__ = [
     "AdaptiveSchedule",
     "DirectSchedule",
     "GeometricSchedule",
+    "LatticeSchedule",
     "LinearSchedule",
     "TheorySchedule",
 ]
@@ -114,6 +116,64 @@ class GeometricSchedule(CheckedKeywords, BaseEstimator):
     def last(self, max_evals):
         """Evaluations of the last stage."""
         return max(2, math.ceil((1 - self.share) * max_evals))
+
+
+class LatticeSchedule(CheckedKeywords, BaseEstimator):
+    """Fixed lambdas in equal ratios, followed from their middle to both ends.
+
+    In the middle the Gaussian start is good. From there a smaller lambda is approached from the
+    smooth side, where a rising one, that starts from the measurement's own noise, would keep some
+    of it; and the largest, at which prior and measurement have little in common, need not be
+    solved for before all others. Each stage is annealed and is the result at its lambda, so that a
+    path along the lattice costs no more than its longest way. A target between two of its lambdas
+    branches off from the one before it.
+
+    Parameters
+    ----------
+    n_stages : int, default=20
+        Stages from ``anchor / span`` to the anchor, the lambda at which prior and data weigh about
+        the same: the curvature of the noise's negative log-likelihood times the variance of the
+        data. At most one for every twelve of ``max_evals``.
+    span : float, default=1000
+    middle : float, default=0.1
+        First lambda as a share of the anchor; the nearest of the lattice is taken.
+    share : float in (0, 1), default=0.2
+        Share of ``max_evals``, of what the start has left of them, for the first stage. The rest is
+        divided equally among the stages on the way down, and half as much again goes to each on
+        the way up. A branch takes half of what the stage before it did.
+    """
+
+    def __init__(self, n_stages=20, span=1000.0, middle=0.1, share=0.2):
+        self.n_stages = n_stages
+        self.span = span
+        self.middle = middle
+        self.share = share
+
+    def lattice(self, objective, max_evals):
+        """The lambdas, ascending, and which of them is the first to be solved for."""
+        if not (self.n_stages >= 2 and self.span > 1 and self.middle > 0 and 0 < self.share < 1):
+            raise ValueError(
+                f"LatticeSchedule needs n_stages >= 2, span > 1, middle > 0 and 0 < share < 1, got "
+                f"{self!r}."
+            )
+        anchor = objective.noise.typical_curvature() * objective.flow.data_scale() ** 2
+        n = max(2, min(self.n_stages, max_evals // 12))
+        lams = np.geomspace(anchor / self.span, anchor, n).tolist()
+        return lams, int(np.abs(np.log(lams) - math.log(self.middle * anchor)).argmin())
+
+    def budgets(self, n, middle, left):
+        """Evaluations (n_rows,) of the first stage, of one on the way down, and of one up.
+
+        ``left`` (n_rows,) is what the start has left of ``max_evals``.
+        """
+        first = (self.share * left).to(left.dtype).clamp_min(1)
+        down = (left - first) // (middle + 1)
+        up = torch.minimum(down + down // 2, (left - first) // (n - middle))
+        return first, down.clamp_min(1), up.clamp_min(1)
+
+    def last(self, max_evals):
+        """Evaluations of the last stage: all that is left."""
+        return max_evals
 
 
 class TheorySchedule(CheckedKeywords, BaseEstimator):
