@@ -238,7 +238,10 @@ def lattice_path(
             result = solution
             if not on_lattice:
                 state = solution.u, solution.evaluation, solution.memory
-                result = solve(state, targets[position], n_evals + (budget // 2).clamp_min(1))
+                lam, limit = targets[position], n_evals + (budget // 2).clamp_min(1)
+                beyond = not lams[0] < lam < lams[-1]
+                limit = torch.full_like(limit, max_evals) if beyond else limit
+                result = solve(state, lam, limit)
             yield position, result, objective.n_evals.clone(), so_far.clone()
             objective.n_evals.copy_(n_evals)
 
