@@ -377,7 +377,7 @@ class AIPORegressorCV(Continuation, Regressor):
             warnings.warn(
                 f"{short} of {solved} solves along the path stopped before they converged: the "
                 f"scores are those of shorter runs than predict's. Raise max_evals if two lambdas "
-                f"are close.",
+                f"are close, and prefer schedule='lattice' where the prior is a flow of images.",
                 ConvergenceWarning,
                 stacklevel=2,
             )

@@ -139,8 +139,8 @@ class LatticeSchedule(CheckedKeywords, BaseEstimator):
         First lambda as a share of the anchor; the nearest of the lattice is taken.
     share : float in (0, 1), default=0.2
         Share of ``max_evals``, of what the start has left of them, for the first stage. The rest is
-        divided equally among the stages on the way down, and half as much again goes to each on
-        the way up. A branch takes half of what the stage before it did, or, beyond an end of the
+        divided equally among the stages on the way down, and a quarter more goes to each on the
+        way up. A branch takes half of what the stage before it did, or, beyond an end of the
         lattice, all that is left.
     """
 
@@ -169,7 +169,7 @@ class LatticeSchedule(CheckedKeywords, BaseEstimator):
         """
         first = (self.share * left).to(left.dtype).clamp_min(1)
         down = (left - first) // (middle + 1)
-        up = torch.minimum(down + down // 2, (left - first) // (n - middle))
+        up = torch.minimum(down + down // 4, (left - first) // (n - middle))
         return first, down.clamp_min(1), up.clamp_min(1)
 
     def last(self, max_evals):
