@@ -315,7 +315,7 @@ def _best(results):
 
 def _solutions(problem, objective, start, history):
     """Yield lambda, solution, evaluations on its way per row, and evaluations so far in all."""
-    y = objective.y
+    y, aside = objective.y, 0
     max_evals, lams = problem.max_evals, list(problem.lams)
     options = dict(max_evals=max_evals, tol=problem.tol, history=history)
     mle = isinstance(start, str) and start == "mle"
@@ -340,7 +340,9 @@ def _solutions(problem, objective, start, history):
         yield lams.pop(0), solution, n_evals, int(n_evals.sum())
         if not lams:
             return
+        # What was for lambda 0 alone is not on the way to the others, but it was spent.
         objective.n_evals.copy_(before if mle else 0 * before)
+        aside = int((n_evals - objective.n_evals).sum())
     z0 = off_centre(objective)
     # Where a start fails: the mode of the latent space. (Not for a random one, which it would
     # replace nearly always: it is another start for the sake of being another.)
@@ -375,9 +377,9 @@ def _solutions(problem, objective, start, history):
         for position, solution, n_evals, so_far in lattice_path(
             objective, u0, lams, problem.method, problem.schedule, **options
         ):
-            yield lams[position], solution, n_evals, int(so_far.sum())
+            yield lams[position], solution, n_evals, aside + int(so_far.sum())
         return
-    spent = 0
+    spent = aside
     for lam, (solution, n_evals, trunk) in zip(
         lams,
         continuation_path(

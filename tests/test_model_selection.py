@@ -26,6 +26,7 @@ from skaipo.metrics import (
     reconstruction_error_scorer,
 )
 from skaipo.noise import GaussianNoise
+from skaipo.objective import MAPObjective
 from skaipo.operators import CompressedSensing, Denoising, Inpainting, LeastSquaresOperator
 from skaipo.solvers import LatticeSchedule
 
@@ -121,6 +122,22 @@ def test_details_of_the_path_are_those_of_the_single_solves(prior, Y):
         total += int(single.n_evals.sum())
     # The trunk and the start are shared.
     assert results[-1].n_evals.sum() < n_evals < total
+
+
+@pytest.mark.parametrize("schedule", ["geometric", "lattice"])
+@pytest.mark.parametrize("init", ["gaussian", "mle"])
+def test_what_lambda_zero_costs_is_counted(schedule, init, prior, Y, monkeypatch):
+    rows, original = [], MAPObjective.evaluate
+
+    def counting(self, u, *args):
+        rows.append(len(u))
+        return original(self, u, *args)
+
+    monkeypatch.setattr(MAPObjective, "evaluate", counting)
+    params = dict(schedule=schedule, init=init, return_details=True, **COMMON)
+    n_evals = aipo_path(Y, Denoising(), prior, lams=[0.0, 0.1, 1.0], **params)[-1]
+    # (In denoising the MLE is the measurement, and takes no evaluation to find.)
+    assert n_evals == sum(rows)
 
 
 def test_twenty_lambdas_at_the_price_of_three_solves():

@@ -1089,14 +1089,18 @@ def test_a_new_stage_keeps_the_curvature_and_forgets_the_moments():
     u = start_of(objective)
     for method in (LBFGS(), Hybrid(rough=Adam(0.1)), Adam(0.1)):
         memory = minimize(objective, u, rows_of(1, 3), method, max_evals=9, tol=0.0).memory
+        method.soften(memory, torch.tensor([True, False, False]))
         before = {key: value.clone() for key, value in memory.items()}
         method.renew(memory)
         for key, value in memory.items():
-            moments = key.removeprefix("rough.") in ("mean", "square", "steps")
-            if moments:
+            name = key.removeprefix("rough.")
+            if name in ("mean", "square", "steps", "tried", "failed"):
                 assert (value == 0).all()
-            elif "powers" not in key:
+            elif name in ("pace", "powers"):
+                assert (value == 1).all()
+            else:
                 assert torch.equal(value, before[key])
+        assert "pace" not in before or before["pace"][0] < before["pace"][1]
         objective.n_evals.zero_()
 
 

@@ -129,8 +129,9 @@ class Adam(Method):
         return ok
 
     def renew(self, memory):
-        # The gradients' sizes are those of another lambda.
-        self.forget(memory, torch.ones_like(memory["rate"], dtype=torch.bool))
+        # The gradients' sizes are those of another lambda, and so was what steps were too long for.
+        self.forget(memory, torch.ones_like(memory["pace"], dtype=torch.bool))
+        memory["pace"].fill_(1.0)
 
     def forget(self, memory, rows):
         memory["mean"][rows] = memory["square"][rows] = 0.0
@@ -139,7 +140,7 @@ class Adam(Method):
 
     def soften(self, memory, rows):
         self.forget(memory, rows)
-        memory["rate"][rows] *= 0.1
+        memory["pace"][rows] *= 0.1
 
 
 class GradientDescent(Method):

@@ -122,9 +122,9 @@ class Hybrid(Method):
             rough.retarget(own, u, evaluation, lam, rows & memory["changed"])
 
     def renew(self, memory):
-        for part in ("smooth", "rough"):
-            with self._part(memory, part) as (method, own):
-                method.renew(own)
+        # (How often the smooth part failed is known: the kinks are those of the same flow.)
+        with self._part(memory, "rough") as (rough, own):
+            rough.renew(own)
 
     def forget(self, memory, rows):
         for part in ("smooth", "rough"):

@@ -186,6 +186,11 @@ class LBFGS(Method):
         memory["stuck"] &= ~rows
         self._aim(memory, evaluation, lam, rows)
 
+    def renew(self, memory):
+        # Whether to give up is asked anew; the curvature is kept.
+        memory["tried"].zero_()
+        memory["failed"].zero_()
+
     def forget(self, memory, rows):
         memory["count"][rows] = 0
 

@@ -139,9 +139,9 @@ class LatticeSchedule(CheckedKeywords, BaseEstimator):
         First lambda as a share of the anchor; the nearest of the lattice is taken.
     share : float in (0, 1), default=0.2
         Share of ``max_evals``, of what the start has left of them, for the first stage. The rest is
-        divided equally among the stages on the way down, and a quarter more goes to each on the
-        way up. A branch takes half of what the stage before it did, or, beyond an end of the
-        lattice, all that is left.
+        divided equally among the stages on the way down and a branch, and a quarter more goes to
+        each on the way up. A branch takes half of what the stage before it did, or, beyond an end
+        of the lattice, all that is left.
     """
 
     def __init__(self, n_stages=20, span=1000.0, middle=0.1, share=0.2):
