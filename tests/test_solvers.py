@@ -914,7 +914,7 @@ def test_a_rollback_does_not_turn_back_the_clock():
     method.retarget(memory, solution.u, solution.evaluation, lam, changed)
     # Half of the way from where the rows changed over to the end.
     progress = (1 + since) / 2
-    memory["rough.rate"][:] = 1.0
+    memory["rough.rate"][:] = memory["rough.pace"][:] = 1.0
     memory["rough.steps"][:] = 10.0  # warm already
     trial = method.propose(memory, solution.u, solution.evaluation, lam, progress)
     step = (trial - solution.u).abs().amax(1)[changed]
