@@ -26,7 +26,8 @@ class Adam(Method):
         than some dozen steps, as the cube root of their number.
     betas : tuple of float, default=None
         None: ``(0.9, 0.999)``; with the preconditioner and 150 steps ahead or more, the first
-        moment averages over a fifteenth of them, up to 50.
+        moment averages over a fifteenth of them, up to 50, and with fewer than 75 over less than
+        ten, at least five.
     final_rate : float, default=None
         Share of the learning rate that is left when the budget ends, along half a cosine over the
         stage at the target lambda. 1 keeps it constant. None: 0.01; with the preconditioner and
