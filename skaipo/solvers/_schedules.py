@@ -125,8 +125,8 @@ class LatticeSchedule(CheckedKeywords, BaseEstimator):
     smooth side, where a rising one, that starts from the measurement's own noise, would keep some
     of it; and the largest, at which prior and measurement have little in common, need not be
     solved for before all others. Each stage is annealed and is the result at its lambda, so that a
-    path along the lattice costs no more than its longest way. A target between two of its lambdas
-    branches off from the one before it.
+    path along the lattice costs no more than one way down and one up. A target between two of its
+    lambdas branches off from the one before it.
 
     Parameters
     ----------
