@@ -41,7 +41,7 @@ class Reconstruction:
         Reconstructions, in the layout of the measurements.
     objective : ndarray of shape (n_samples,)
         ``misfit + lam * penalty`` at ``x``; for the default penalty,
-        ``misfit - lam * log_prob``.
+        ``misfit - lam * log_prob``, also where the solver looked at it with ``smoothing``.
     misfit : ndarray of shape (n_samples,)
         ``nll(y, f(x))`` over the observed measurements.
     log_prob : ndarray of shape (n_samples,)
@@ -63,7 +63,8 @@ class Reconstruction:
         reconstruction is not unique, or ``max_evals`` too small.
     lam_history, objective_history : list of ndarray, or None
         Per row: lambda, and the objective at that lambda, after each iteration of the solver; the
-        start is not included; of several starts, the best. Only if asked for.
+        start is not included; of several starts, the best. With ``smoothing`` as the solver saw it.
+        Only if asked for.
     """
 
     x: object
@@ -134,6 +135,7 @@ class Problem:
     space, penalty : str
     lams : tuple of float
         Targets, ascending.
+    smoothing : float
     max_evals : int
     tol : float
     mle_solver : str
@@ -150,6 +152,7 @@ class Problem:
     space: str
     penalty: str
     lams: tuple
+    smoothing: float
     max_evals: int
     tol: float
     mle_solver: str
@@ -272,20 +275,34 @@ def _solve_rows(problem, y, starts, params):
             problem.space,
             problem.penalty,
             params,
+            problem.smoothing,
         )
         if problem.surrogate is not None and problem.op.is_linear:
             # The same for every start: it knows of the measurements, not of the iterates.
             metric = GaussianMetric(problem.surrogate, objective) if metric is None else metric
             objective.metric = metric
         history = [] if problem.history else None
-        results, spent = {}, 0
+        results, spent, looks = {}, 0, 0
         for lam, solution, n_evals, so_far in _solutions(problem, objective, start, history):
+            if problem.smoothing:
+                solution, n_evals = _seen_exactly(objective, solution, n_evals)
+                looks += len(y)
             results[lam] = _result(objective, lam, solution, n_evals, history)
             spent = so_far
-        total += spent
+        total += spent + looks
         # (Along a lattice they come from its middle outwards.)
         runs.append([results[lam] for lam in problem.lams])
     return [_best(list(results)) for results in zip(*runs, strict=True)], total
+
+
+def _seen_exactly(objective, solution, n_evals):
+    """A solution with the numbers of the objective without smoothing: one more evaluation."""
+    exact = objective.exactly()
+    exact.n_evals = n_evals.clone()
+    evaluation = exact.evaluate(solution.u)
+    status = solution.status.clone()
+    status[~evaluation.finite()] = STATUS.index("diverged")
+    return replace(solution, evaluation=evaluation, status=status), exact.n_evals
 
 
 def _best(results):
@@ -316,7 +333,8 @@ def _best(results):
 def _solutions(problem, objective, start, history):
     """Yield lambda, solution, evaluations on its way per row, and evaluations so far in all."""
     y, aside = objective.y, 0
-    max_evals, lams = problem.max_evals, list(problem.lams)
+    # (With smoothing the last evaluation is _seen_exactly's.)
+    max_evals, lams = problem.max_evals - (problem.smoothing > 0), list(problem.lams)
     options = dict(max_evals=max_evals, tol=problem.tol, history=history)
     mle = isinstance(start, str) and start == "mle"
     at_zero = problem.schedule is not None and lams[0] == 0
@@ -330,7 +348,7 @@ def _solutions(problem, objective, start, history):
     if at_zero:
         # x(0) is eq. 4's solution: the misfit is zero there (least, where it cannot be zero).
         before = objective.n_evals.clone()
-        evaluation = objective.evaluate(u0)
+        evaluation = objective.exactly().evaluate(u0)
         status = torch.where(converged, STATUS.index("converged"), STATUS.index("budget"))
         if objective.noise.is_exact_fit:
             status[infeasible(objective, x0)] = STATUS.index("infeasible")

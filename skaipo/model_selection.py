@@ -99,8 +99,8 @@ def aipo_path(
     op_params : array-like of shape (n_samples, ...), default=None
         What the operator takes per row (its kernel, its mask), for operators that do.
     **params
-        Of :class:`AIPORegressor`: noise, solver, space, penalty, init, tol, batch_size, n_jobs,
-        verbose; max_evals, here 600, on the way to any one lambda; and schedule, "lattice",
+        Of :class:`AIPORegressor`: noise, solver, space, penalty, smoothing, init, tol, batch_size,
+        n_jobs, verbose; max_evals, here 600, on the way to any one lambda; and schedule, "lattice",
         "geometric" or an object of their kind.
 
     Returns
@@ -191,7 +191,7 @@ class AIPORegressorCV(Continuation, Regressor):
     scoring : str, callable or None, default=None
         Scorer, higher is better. None: negative mean squared error against the clean images, or,
         where there are none, :func:`~skaipo.metrics.discrepancy_scorer`.
-    prior, noise, solver, space, penalty, schedule, max_evals, tol, batch_size, n_jobs
+    prior, noise, solver, space, penalty, smoothing, schedule, max_evals, tol, batch_size, n_jobs
         As in :class:`AIPORegressor`, but for ``schedule``, "geometric" or "lattice": the path's.
         ``predict`` solves at ``lam_`` alone, as :class:`AIPORegressor` does by default.
     random_state, verbose
@@ -242,6 +242,7 @@ class AIPORegressorCV(Continuation, Regressor):
         solver="hybrid",
         space="image",
         penalty="density",
+        smoothing=0.0,
         schedule="geometric",
         init="auto",
         mle_solver="lbfgs",
@@ -263,6 +264,7 @@ class AIPORegressorCV(Continuation, Regressor):
         self.solver = solver
         self.space = space
         self.penalty = penalty
+        self.smoothing = smoothing
         self.schedule = schedule
         self.init = init
         self.mle_solver = mle_solver
@@ -373,7 +375,7 @@ class AIPORegressorCV(Continuation, Regressor):
                 scores[i, k] = scorer(_AlongPath(estimator, result), Y_test, X_test)
                 if X_test is not None:
                     errors[i, k] = reconstruction_error(X_test, result.x)
-        if short:
+        if short and not self.smoothing:
             warnings.warn(
                 f"{short} of {solved} solves along the path stopped before they converged: the "
                 f"scores are those of shorter runs than predict's. Raise max_evals if two lambdas "

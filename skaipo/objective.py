@@ -1,7 +1,9 @@
 """The MAP objective: value and gradient per row, data term and prior term kept apart."""
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
+import numpy as np
 import torch
 
 from skaipo._padding import padded
@@ -17,6 +19,12 @@ def check_choice(name, value, choices):
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     return value
+
+
+@lru_cache(maxsize=32)
+def _standard_normal(draw, d):
+    """A fixed sequence of vectors (d,), float64."""
+    return np.random.default_rng((draw, d)).standard_normal(d)
 
 
 @dataclass
@@ -125,6 +133,11 @@ class MAPObjective:
         ``||z||^2 / 2``, the surrogate of Asim et al. (2020), whose minimiser is another one.
     params : torch.Tensor of shape (n, ...), default=None
         What the operator takes per row.
+    smoothing : float, default=0.0
+        Above zero the penalty is ``-E log p_G(x + smoothing * u)`` with standard normal ``u``, of
+        which every evaluation sees one ``u``: unbiased, and exact no more. A row's ``u`` follows
+        from how many evaluations it has had, each followed by its negative. Only for the density,
+        in image space.
 
     Attributes
     ----------
@@ -134,7 +147,9 @@ class MAPObjective:
         Which measurements exist.
     """
 
-    def __init__(self, flow, op, noise, y, space="image", penalty="density", params=None):
+    def __init__(
+        self, flow, op, noise, y, space="image", penalty="density", params=None, smoothing=0.0
+    ):
         self.flow = flow
         self._evaluator = flow.compile_for_inference()
         self.op = op
@@ -146,6 +161,12 @@ class MAPObjective:
         self.y = torch.where(self.observed, y, 0.0)
         self.n_evals = torch.zeros(len(y), dtype=torch.long, device=y.device)
         self._metric = None
+        if smoothing and (space, penalty) != ("image", "density"):
+            raise ValueError(
+                f"smoothing averages the density over images near x: it needs space='image' and "
+                f"penalty='density', got space={space!r} and penalty={penalty!r}."
+            )
+        self.smoothing = smoothing
 
     @property
     def metric(self):
@@ -170,6 +191,12 @@ class MAPObjective:
         other.__dict__.update(self.__dict__)
         other.space = check_choice("space", space, SPACES)
         other.penalty = check_choice("penalty", penalty or self.penalty, PENALTIES)
+        return other
+
+    def exactly(self):
+        """The same measurements and counters, without smoothing."""
+        other = self.in_space(self.space)
+        other.smoothing = 0.0
         return other
 
     def select(self, rows, *, space=None, penalty=None):
@@ -250,9 +277,21 @@ class MAPObjective:
         """The data term at images (k, d) alone, (k,): no flow is evaluated."""
         return self._data_terms(x, rows)[0]
 
+    def _nearby(self, x, rows):
+        """The images at which the density is looked at, in place of ``x``."""
+        nth = self.n_evals[rows] - 1
+        sign = 1 - 2 * (nth % 2)
+        moved = x.clone()
+        # (Rows that are solved together have had equally many, but for the few that were lost.)
+        for pair in (nth // 2).unique().tolist():
+            here = nth // 2 == pair
+            u = torch.from_numpy(_standard_normal(pair, x.shape[1])).to(x)
+            moved[here] += self.smoothing * sign[here, None] * u
+        return moved
+
     def _image_terms(self, x, rows):
         data, grad_data = self._data_terms(x, rows)
-        z, log_det, pull = self._evaluator.linearize(x)
+        z, log_det, pull = self._evaluator.linearize(self._nearby(x, rows) if self.smoothing else x)
         half_norm = 0.5 * z.square().sum(1)
         log_prob = log_det - half_norm - self._log_normaliser()
         density = self.penalty == "density"

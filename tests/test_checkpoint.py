@@ -330,6 +330,7 @@ CHANGES = {
     "batch_size": (dict(batch_size=4), r"batch_size \(3 there, 4 here\)"),
     "space": (dict(space="latent"), r"space \('image' there, 'latent' here\)"),
     "penalty": (dict(penalty="latent"), "penalty"),
+    "smoothing": (dict(smoothing=0.5), r"smoothing \(0\.0 there, 0\.5 here\)"),
     "solver": (dict(solver="lbfgs"), r"method \(Hybrid\(\) there, LBFGS\(\) here\)"),
     "solver's parameter": (dict(solver=Adam(0.03)), "method .*learning_rate=0.03"),
     "schedule": (dict(schedule="geometric"), r"schedule \(DirectSchedule\(\) there, Geometric"),

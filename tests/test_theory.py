@@ -119,7 +119,7 @@ class TwoModes(Flow):
         self.double()
 
     def _normalize(self, x):
-        normal = torch.distributions.Normal(x.new_tensor(self.means), self.width)
+        normal = torch.distributions.Normal(x.new_tensor(self.means), x.new_tensor(self.width))
         weights = x.new_tensor(self.weights)
         p = (weights * normal.cdf(x)).sum(1, keepdim=True).clamp(1e-15, 1 - 1e-15)
         z = torch.special.ndtri(p)

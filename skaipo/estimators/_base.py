@@ -28,9 +28,11 @@ from skaipo.solvers import (
     LBFGS,
     MLE_SOLVERS,
     Adam,
+    AdaptiveSchedule,
     GradientDescent,
     Hybrid,
     Method,
+    TheorySchedule,
     surrogate_of,
 )
 
@@ -344,6 +346,30 @@ class Reconstructor(ShortRepr, BaseEstimator):
             )
         if not (isinstance(self.tol, numbers.Real) and self.tol >= 0):
             raise ValueError(f"tol must be a number >= 0, got {self.tol!r}.")
+        self._check_smoothing()
+
+    def _check_smoothing(self):
+        smoothing = self.smoothing
+        is_number = isinstance(smoothing, numbers.Real) and not isinstance(smoothing, bool)
+        if not (is_number and 0 <= smoothing < math.inf):
+            raise ValueError(
+                f"smoothing must be a finite number >= 0, in the units of the images, got "
+                f"{smoothing!r}."
+            )
+        if smoothing == 0:
+            return
+        if (self.space, self.penalty) != ("image", "density"):
+            raise ValueError(
+                f"smoothing={smoothing:g} averages the density over images near x: it needs "
+                f"space='image' and penalty='density', got space={self.space!r} and "
+                f"penalty={self.penalty!r}. Change these, or set smoothing=0."
+            )
+        if isinstance(self._schedule(), AdaptiveSchedule | TheorySchedule):
+            raise ValueError(
+                f"smoothing={smoothing:g} leaves noise in every gradient, and "
+                f"schedule={self.schedule!r} goes by gradients that vanish: take another schedule, "
+                f"or set smoothing=0."
+            )
 
     def _method(self):
         if isinstance(self.solver, Method):
@@ -419,6 +445,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             space=check_choice("space", self.space, SPACES),
             penalty=check_choice("penalty", self.penalty, PENALTIES),
             lams=lams,
+            smoothing=float(self.smoothing),
             max_evals=self.max_evals,
             tol=self.tol,
             mle_solver=check_choice("mle_solver", self.mle_solver, MLE_SOLVERS),
@@ -530,7 +557,17 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 stacklevel=2,
             )
         open_rows = counts["budget"] + counts["stalled"]
-        if open_rows:
+        if self.smoothing:
+            # That they end with the budget is what was asked for.
+            if counts["stalled"]:
+                warnings.warn(
+                    f"{counts['stalled']} of {len(result.status)} rows stalled: the noise of "
+                    f"smoothing={self.smoothing:g} is too much for the solver. Take "
+                    f"solver='hybrid' or 'adam', or less smoothing.",
+                    ConvergenceWarning,
+                    stacklevel=2,
+                )
+        elif open_rows:
             warnings.warn(
                 f"{open_rows} of {len(result.status)} rows stopped before they converged "
                 f"({counts['budget']} at max_evals={self.max_evals}, {counts['stalled']} stalled). "

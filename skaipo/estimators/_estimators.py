@@ -118,6 +118,7 @@ class Continuation:
         solver="hybrid",
         space="image",
         penalty="density",
+        smoothing=0.0,
         schedule="direct",
         init="auto",
         mle_solver="lbfgs",
@@ -136,6 +137,7 @@ class Continuation:
         self.solver = solver
         self.space = space
         self.penalty = penalty
+        self.smoothing = smoothing
         self.schedule = schedule
         self.init = init
         self.mle_solver = mle_solver
@@ -192,6 +194,16 @@ class AIPORegressor(Continuation, Regressor):
         Variable of the optimisation: the image, or ``z`` with ``x = G(z)``.
     penalty : {"density", "latent"}, default="density"
         ``-log p_G(x)``, the same function in both spaces, or ``||z||^2 / 2``.
+    smoothing : float, default=0.0
+        Standard deviation of noise, in the units of the images, over which ``log p_G`` is averaged:
+        the solver then minimises ``nll(y, f(x)) - lam * E log p_G(x + smoothing * u)``, ``u``
+        standard normal, one ``u`` per evaluation. Flows that were trained on integer levels know
+        nothing of what is finer than a level, and their density has peaks there that are no
+        property of images; half a level to one (0.5 to 1 for images in 0..255) takes them out, and
+        gives a few tenths of a decibel and a flatter choice of lambda (``docs/solvers.md``). The
+        numbers that are reported are those of the exact objective at the result, which no row has
+        converged to. Needs ``space="image"`` and ``penalty="density"``, and a solver that bears
+        noise in its gradients: "hybrid" or "adam".
     schedule : {"direct", "linear", "geometric", "lattice", "adaptive"} or schedule object, \
             default="direct"
         How lambda moves: not at all (the target from the first step), up in equal steps
@@ -267,9 +279,9 @@ class AIPOTransformer(
 
     Parameters
     ----------
-    op, lam, prior, noise, solver, space, penalty, schedule, init, mle_solver, n_starts
+    op, lam, prior, noise, solver, space, penalty, smoothing, schedule, init, mle_solver
         As in :class:`AIPORegressor`.
-    max_evals, tol, batch_size, n_jobs, random_state, verbose
+    n_starts, max_evals, tol, batch_size, n_jobs, random_state, verbose
         As in :class:`AIPORegressor`.
 
     Attributes
@@ -374,7 +386,7 @@ class FixedLambdaMAP(Regressor):
         Update rule.
     mle_solver : {"pgd", "lbfgs"}, default="pgd"
         How the MLE start is found.
-    prior, noise, space, penalty, n_starts, max_evals, tol, batch_size, n_jobs, verbose
+    prior, noise, space, penalty, smoothing, n_starts, max_evals, tol, batch_size, n_jobs, verbose
         As in :class:`AIPORegressor`.
     random_state : int, RandomState or None, default=None
         Of random starts.
@@ -413,6 +425,7 @@ class FixedLambdaMAP(Regressor):
         solver="adam",
         space="image",
         penalty="density",
+        smoothing=0.0,
         mle_solver="pgd",
         n_starts=1,
         max_evals=300,
@@ -430,6 +443,7 @@ class FixedLambdaMAP(Regressor):
         self.solver = solver
         self.space = space
         self.penalty = penalty
+        self.smoothing = smoothing
         self.mle_solver = mle_solver
         self.n_starts = n_starts
         self.max_evals = max_evals

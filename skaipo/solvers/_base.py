@@ -145,12 +145,17 @@ def minimize(
     Returns
     -------
     solution : Solution
-        The converged iterate where there is one, otherwise the best that was seen.
+        The converged iterate where there is one, otherwise the best that was seen. Of an objective
+        with smoothing the last iterate: its values cannot be compared, nor its gradient trusted to
+        vanish, so that no row is ever called converged.
     """
     n = len(objective)
     method = method.prepare(objective)
     start = objective.n_evals.clone()
     budget = torch.zeros_like(start) + max_evals
+    noisy = getattr(objective, "smoothing", 0) > 0
+    if noisy:
+        tol = -1.0
     if evaluation is None:
         evaluation = objective.evaluate(u)
     if memory is None:
@@ -255,6 +260,8 @@ def minimize(
         active["u"] = torch.where(accept[:, None], trial, active["u"])
         evaluation = evaluation.where(accept, trial_evaluation)
         better = ok & (trial_evaluation.value(active["lam"]) < best.value(active["lam"]))
+        if noisy:
+            better = accept
         best = best.where(better, trial_evaluation)
         active["best_u"] = torch.where(better[:, None], trial, active["best_u"])
         # Decreases add up until they are more than rounding.

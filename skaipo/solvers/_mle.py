@@ -128,6 +128,7 @@ def mle_start(objective, *, max_evals=500, tol=1e-3, solver="pgd", method=None):
     converged : torch.Tensor of shape (n,), bool
     """
     check_choice("mle_solver", solver, MLE_SOLVERS)
+    objective = objective.exactly()
     if method is None:
         method = LBFGS() if solver == "lbfgs" else Adam(learning_rate=0.05, final_rate=0.1)
     everyone = torch.arange(len(objective), device=objective.y.device)

@@ -1,0 +1,295 @@
+"""The smoothed density against closed forms and quadrature, and what is reported of it."""
+
+import numpy as np
+import pytest
+import torch
+from problems import (
+    any_flow,
+    any_operator,
+    drop_entries,
+    gaussian_prior,
+    make_objective,
+    random_flow,
+)
+from sklearn.exceptions import ConvergenceWarning
+from test_theory import TwoModes
+
+from skaipo import AIPORegressor, AIPORegressorCV, FixedLambdaMAP, FlowPrior, aipo_path
+from skaipo.flows import Glow
+from skaipo.noise import GaussianNoise
+from skaipo.operators import CompressedSensing, Denoising, Inpainting, PhaseRetrieval
+from skaipo.solvers import TheorySchedule
+
+NOISE = GaussianNoise(0.4)
+
+
+def smoothed(flow, smoothing, n=3, op="compressed"):
+    """An objective that is smoothed, and a point to look at it from."""
+    flow = any_flow(flow)
+    op = any_operator(op, flow.n_features)
+    m = op.bind(flow.event_shape).n_measurements_
+    rng = np.random.default_rng(1)
+    objective = make_objective(flow, op, NOISE, rng.normal(size=(n, m)))
+    objective.smoothing = smoothing
+    return objective, torch.as_tensor(rng.normal(size=(n, flow.n_features)))
+
+
+# ------------------------------------------------------------------------------- one evaluation
+
+
+def test_two_evaluations_see_opposite_noise():
+    """Under a Gaussian the mean gradient of the two is that of the density, to rounding."""
+    objective, x = smoothed("gaussian", 0.7)
+    exact = objective.exactly().evaluate(x)
+    assert objective.n_evals.tolist() == [1, 1, 1], "the counters are shared"
+    objective.n_evals.zero_()
+    first, second, third = (objective.evaluate(x) for _ in range(3))
+    assert not torch.allclose(first.grad_prior, exact.grad_prior, rtol=0.01)
+    assert not torch.allclose(first.grad_prior, third.grad_prior, rtol=0.01)
+    torch.testing.assert_close((first.grad_prior + second.grad_prior) / 2, exact.grad_prior)
+    # Nothing else is touched.
+    for evaluation in (first, second, third):
+        torch.testing.assert_close(evaluation.data, exact.data, rtol=0, atol=0)
+        torch.testing.assert_close(evaluation.grad_data, exact.grad_data, rtol=0, atol=0)
+        torch.testing.assert_close(evaluation.x, x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flow", ["gaussian", "realnvp", "glow"])
+def test_evaluations_are_unbiased(flow):
+    scale = 0.3
+    objective, x = smoothed(flow, scale)
+    seen = [objective.evaluate(x) for _ in range(1000)]
+    values = torch.stack([e.prior for e in seen]).numpy()
+    gradients = torch.stack([e.grad_prior for e in seen]).numpy()
+    # Other noise, and autograd in place of the objective's own gradient.
+    noise = scale * np.random.default_rng(5).normal(size=(1000, *x.shape))
+    point = x.clone().requires_grad_()
+    log_prob = objective.flow.log_prob((point + torch.as_tensor(noise)).flatten(0, 1))
+    expected = -log_prob.reshape(1000, -1).detach().numpy()
+    (gradient,) = torch.autograd.grad(-log_prob.mean() * len(x), point)
+    error = np.hypot(values.std(0), expected.std(0)) / np.sqrt(1000)
+    assert (abs(values.mean(0) - expected.mean(0)) <= 5 * error).all()
+    # (Means of pairs, which do not depend on each other.)
+    pairs = gradients.reshape(500, 2, *x.shape).mean(1)
+    spread = pairs.std(0) / np.sqrt(500) + gradients.std(0) / np.sqrt(1000)
+    assert (abs(pairs.mean(0) - gradient.numpy()) <= 5 * spread + 1e-9).all()
+    if flow == "gaussian":
+        precision = np.linalg.inv(gaussian_prior().covariance_)
+        exact = objective.exactly().evaluate(x).prior.numpy() + scale**2 / 2 * np.trace(precision)
+        assert (abs(values.mean(0) - exact) <= 5 * error).all()
+
+
+def test_a_row_sees_what_its_own_count_says():
+    objective, x = smoothed("realnvp", 0.5)
+    alone = [objective.evaluate(x) for _ in range(6)]
+    objective.n_evals.zero_()
+    # One row runs ahead: the rest must see the same as before.
+    ahead = torch.tensor([1])
+    for k in range(3):
+        again = objective.evaluate(x[ahead], ahead)
+        torch.testing.assert_close(again.prior, alone[k].prior[ahead], rtol=1e-12, atol=0)
+    mixed = objective.evaluate(x)
+    expected = torch.stack([alone[k].prior[i] for i, k in enumerate((0, 3, 0))])
+    torch.testing.assert_close(mixed.prior, expected, rtol=1e-12, atol=0)
+
+
+# ------------------------------------------------------------------------------------ the result
+
+
+class Spike(TwoModes):
+    """A broad distribution with a narrow peak on its flank."""
+
+    weights, means, width = (0.92, 0.08), (0.0, 1.5), (1.0, 0.08)
+
+
+def test_a_peak_finer_than_the_smoothing_is_not_fallen_for():
+    """Against the smoothed objective by quadrature, on a grid."""
+    prior, noise, scale = FlowPrior(flow=Spike()), GaussianNoise(0.7), 0.3
+    Y = np.array([[1.2], [1.5], [-0.5]])
+    grid = np.linspace(-4, 4, 4001)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(101)
+    around = grid[:, None] + scale * nodes
+    log_prob = prior.score_samples(around.reshape(-1, 1)).reshape(around.shape)
+    misfit = (Y - grid) ** 2 / (2 * 0.7**2)
+    smooth = misfit - log_prob @ weights / weights.sum()
+    exact = misfit - prior.score_samples(grid[:, None])
+    # Without smoothing two of the three end in the peak, which holds 8 % of the probability.
+    assert (abs(grid[exact.argmin(1)] - 1.5) < 0.02).tolist() == [True, True, False]
+
+    def excess(x):
+        at = [np.interp(one, grid, row) for one, row in zip(x, smooth, strict=True)]
+        return np.array(at) - smooth.min(1)
+
+    assert (excess(grid[exact.argmin(1)])[:2] > [0.2, 0.05]).all()
+    for solver in ("adam", "hybrid"):
+        model = AIPORegressor(
+            Denoising(), prior=prior, noise=noise, smoothing=scale, solver=solver, max_evals=1000
+        )
+        x = model.predict(Y)[:, 0]
+        assert excess(x).max() < 0.01
+        assert x[0] < 1.2 and x[1] < 1.35
+
+
+def images(n=6):
+    """A prior of small images, and measurements of its samples with missing entries."""
+    prior = FlowPrior(flow=random_flow(Glow, (1, 4, 4)))
+    op = Inpainting()
+    return prior, op, drop_entries(op(prior.sample(n, random_state=2)))
+
+
+STARTS = {
+    "direct": (AIPORegressor, {}),
+    "adam": (AIPORegressor, dict(solver="adam", schedule="linear", init="mle")),
+    "paper": (FixedLambdaMAP, dict(init="zero")),
+    "lattice": (AIPORegressor, dict(schedule="lattice")),
+    "geometric": (AIPORegressor, dict(schedule="geometric")),
+    "several": (AIPORegressor, dict(n_starts=4)),
+    "no linear operator": (AIPORegressor, dict(op=PhaseRetrieval(np.eye(16)[::2]))),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_numbers_of_a_reconstruction_are_those_of_the_exact_objective(name):
+    prior, op, Y = images()
+    estimator, params = STARTS[name]
+    params = dict(op=op, prior=prior, noise=NOISE, max_evals=60, random_state=0) | params
+    if "op" in STARTS[name][1]:
+        Y = params["op"](prior.sample(6, random_state=2))
+    model = estimator(lam=0.7, smoothing=0.2, **params)
+    result = model.reconstruct(Y, history=True)
+    clean = params["op"](result.x)
+    misfit = np.nansum((Y - clean) ** 2, axis=1) / (2 * 0.4**2)
+    log_prob = prior.score_samples(result.x)
+    np.testing.assert_allclose(result.misfit, misfit, rtol=1e-6)
+    np.testing.assert_allclose(result.log_prob, log_prob, rtol=1e-6)
+    np.testing.assert_allclose(result.objective, misfit - 0.7 * log_prob, rtol=1e-6)
+    assert (result.n_evals <= 60).all()
+    # A gradient with noise in it vanishes nowhere.
+    assert not np.isin(result.status, ["converged", "diverged"]).any()
+    again = model.reconstruct(Y)
+    assert np.array_equal(result.x, again.x)
+    exact = estimator(lam=0.7, **params).reconstruct(Y)
+    assert not np.allclose(exact.x, result.x, atol=1e-4), "it is another objective"
+
+
+def test_every_evaluation_is_counted(monkeypatch):
+    prior, op, Y = images(n=8)  # 8 rows: no padding
+    evaluator, rows = prior.flow_.compile_for_inference(), []
+    original = type(evaluator).linearize
+
+    def counting(self, x):
+        rows.append(len(x))
+        return original(self, x)
+
+    monkeypatch.setattr(type(evaluator), "linearize", counting)
+    result = AIPORegressor(op, prior=prior, noise=NOISE, smoothing=0.2, max_evals=40).reconstruct(Y)
+    assert sum(rows) == result.n_evals.sum() == 40 * 8
+    rows.clear()
+    *_, n_evals = aipo_path(
+        Y,
+        op,
+        prior,
+        lams=[0.0, 0.1, 2.0],
+        noise=NOISE,
+        smoothing=0.2,
+        max_evals=80,
+        return_details=True,
+    )
+    # (What goes through the flow in latent space, on the way to lambda 0, is counted elsewhere.)
+    assert sum(rows) <= n_evals
+
+
+@pytest.mark.parametrize("poison", [np.nan, 1e30, 7.0])
+def test_rows_do_not_depend_on_each_other(poison):
+    prior, op, Y = images(n=7)
+    model = AIPORegressor(op, prior=prior, noise=NOISE, smoothing=0.3, max_evals=60, batch_size=7)
+    together = model.reconstruct(Y)
+    beside = Y.copy()
+    beside[3] = poison
+    if np.isnan(poison):
+        beside[3, 0] = 0.0
+    others = np.arange(7) != 3
+    assert np.array_equal(model.reconstruct(beside).x[others], together.x[others])
+    for batch_size, n_jobs in ((1, None), (2, 2)):
+        model.set_params(batch_size=batch_size, n_jobs=n_jobs)
+        assert np.array_equal(model.reconstruct(Y).x, together.x)
+
+
+@pytest.mark.parametrize("schedule", ["lattice", "geometric"])
+def test_a_point_of_the_path_is_the_single_solve(schedule):
+    prior, op, Y = images()
+    params = dict(prior=prior, noise=NOISE, schedule=schedule, smoothing=0.3, max_evals=90)
+    lams, path, results, _ = aipo_path(Y, op, lams=[0.02, 0.5, 30.0], return_details=True, **params)
+    for lam, x, result in zip(lams, path, results, strict=True):
+        single = AIPORegressor(op, float(lam), **params).reconstruct(Y)
+        assert np.array_equal(x, single.x)
+        assert np.array_equal(result.n_evals, single.n_evals)
+
+
+def test_at_lambda_zero_there_is_nothing_to_smooth():
+    prior, op, Y = images()
+    exact = AIPORegressor(op, 0.0, prior=prior, noise=NOISE, max_evals=60).reconstruct(Y)
+    # The last evaluation is for the numbers that are reported.
+    model = AIPORegressor(op, 0.0, prior=prior, noise=NOISE, smoothing=0.3, max_evals=61)
+    result = model.reconstruct(Y)
+    for name in ("x", "objective", "log_prob", "status"):
+        assert np.array_equal(getattr(result, name), getattr(exact, name)), name
+
+
+def test_no_warning_of_what_is_always_so(recwarn):
+    prior, op, Y = images()
+    model = AIPORegressor(op, prior=prior, noise=GaussianNoise(2.0), smoothing=0.3, max_evals=60)
+    model.predict(Y)
+    assert not [str(w.message) for w in recwarn]
+    # L-BFGS alone takes the noise for the end of the way.
+    with pytest.warns(ConvergenceWarning, match=r"6 of 6 rows stalled.*solver='hybrid'"):
+        model.set_params(solver="lbfgs", max_evals=2000).predict(Y)
+
+
+def test_lambda_is_chosen_for_the_smoothed_objective():
+    prior, op, Y = images(n=10)
+    X = prior.sample(10, random_state=2)
+    search = AIPORegressorCV(
+        op, lams=[0.1, 1.0], prior=prior, noise=NOISE, smoothing=0.3, max_evals=60, cv=2
+    ).fit(Y, X)
+    one = AIPORegressor(op, search.lam_, prior=prior, noise=NOISE, smoothing=0.3, max_evals=60)
+    assert np.array_equal(search.predict(Y), one.predict(Y))
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        (dict(smoothing=-1.0), r"smoothing must be a finite number >= 0.*got -1\.0"),
+        (dict(smoothing=np.nan), r"smoothing must be a finite number >= 0.*got nan"),
+        (dict(smoothing=np.inf), r"smoothing must be a finite number >= 0.*got inf"),
+        (dict(smoothing="auto"), r"smoothing must be a finite number >= 0.*got 'auto'"),
+        (dict(smoothing=True), r"smoothing must be a finite number >= 0.*got True"),
+        (dict(smoothing=0.5, space="latent"), r"needs space='image'.*got space='latent'"),
+        (dict(smoothing=0.5, penalty="latent"), r"penalty='density', got .*penalty='latent'"),
+        (dict(smoothing=0.5, schedule="adaptive"), r"schedule='adaptive' goes by gradients"),
+        (
+            dict(smoothing=0.5, schedule=TheorySchedule(L=2, sigma=1, delta=1, C=1, epsilon=0.1)),
+            r"goes by gradients that vanish: take another schedule",
+        ),
+    ],
+)
+def test_bad_smoothing(params, message):
+    model = AIPORegressor(CompressedSensing(3), prior=gaussian_prior(6), **params)
+    with pytest.raises(ValueError, match=message):
+        model.predict(np.zeros((2, 3)))
+
+
+def test_the_objective_refuses_what_it_cannot_smooth():
+    objective, _ = smoothed("gaussian", 0.0)
+    with pytest.raises(ValueError, match=r"needs space='image' and penalty='density', got space="):
+        type(objective)(
+            objective.flow,
+            objective.op,
+            objective.noise,
+            objective.y,
+            space="latent",
+            smoothing=0.1,
+        )
