@@ -94,6 +94,11 @@ def default(op, noise, prior, lam, budget, rate):
     return AIPORegressor(op, lam, prior=prior, noise=noise, max_evals=budget)
 
 
+def smoothed(op, noise, prior, lam, budget, rate):
+    """The same, with the density averaged over noise of half a grey level."""
+    return default(op, noise, prior, lam, budget, rate).set_params(smoothing=0.5)
+
+
 class GlowIP:
     """The procedure of Asim et al. (2020): torch's L-BFGS on the whole batch, in z, from zero.
 
@@ -138,6 +143,7 @@ class GlowIP:
 
 METHODS = {
     "skaipo": (default, (None,)),
+    "skaipo, smoothed": (smoothed, (None,)),
     "AIPO, Adam": (adam(AIPORegressor, "mle", schedule="linear"), RATES),
     "Adam, mle": (adam(FixedLambdaMAP, "mle"), RATES),
     "Adam, zero": (adam(FixedLambdaMAP, "zero"), RATES),
