@@ -9,7 +9,8 @@ Parts: ``tune`` (lambda, and Adam's learning rate, per method on 40 validation f
 (every method at ``--budgets`` evaluations, everything counted, on test faces), ``reach`` (whether
 the default reaches with 300 evaluations the objective that Adam ends at after 500 + 1000),
 ``continuation`` (schedules and starts inside the engine, at equal evaluations), ``path`` (20
-lambdas against single solves), ``curves`` (objective and PSNR against the budget).
+lambdas against single solves), ``smoothing`` (PSNR against lambda and smoothing on validation
+faces), ``curves`` (objective and PSNR against the budget).
 
 What a solve gave per image is kept in ``benchmarks/results/solvers/`` and not solved again; rows
 with means and bootstrap intervals go to ``benchmarks/results/solvers.csv``.
@@ -42,10 +43,12 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SHAPE = (3, 32, 32)
 D = 3 * 32 * 32
-PARTS = ("tune", "compare", "reach", "continuation", "path", "curves")
+PARTS = ("tune", "compare", "reach", "continuation", "path", "smoothing", "curves")
 # In Bayes units: at 1 the objective is the negative log-posterior.
 LAMS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.5)
+# In grey levels.
+SMOOTHING = (0.0, 0.25, 0.5, 1.0)
 TASKS = {
     "denoise .1": (lambda: Denoising(), 0.1),
     "denoise .2": (lambda: Denoising(), 0.2),
@@ -406,6 +409,32 @@ class Bench:
                     ratio=spent / len(x) / float(evaluations),
                 )
 
+    def smoothing(self, flow, task):
+        n = self.args.smoothing_images
+        for scale in SMOOTHING:
+            for lam in LAMS:
+
+                def make(op, noise, prior, lam=lam, scale=scale):
+                    return default(op, noise, prior, lam, 100, None).set_params(smoothing=scale)
+
+                name = f"skaipo, smoothing {scale:g} 100 lam {lam:g}"
+                cell = self.solve(flow, task, "validation", n, name, make)
+                mean, low, high = interval(cell["psnr"], self.args.seed)
+                self.row(
+                    "smoothing",
+                    flow,
+                    task,
+                    f"smoothing {scale:g}, lambda {lam:g}",
+                    budget=100,
+                    images=n,
+                    lam=lam,
+                    psnr=mean,
+                    psnr_low=low,
+                    psnr_high=high,
+                    objective=float(np.mean(cell["objective"])),
+                    seconds=float(cell["seconds"][0]),
+                )
+
     def curves(self, flow, task):
         n = self.args.validation // 2
         lams = {m: self.tuned(flow, task, m, 100) for m in ("skaipo", "AIPO, Adam")}
@@ -508,6 +537,7 @@ def main():
     parser.add_argument("--reach-rates", nargs="+", type=float, default=[0.02])
     parser.add_argument("--continuation-budgets", nargs="+", type=int, default=[100, 300])
     parser.add_argument("--path-images", type=int, default=8)
+    parser.add_argument("--smoothing-images", type=int, default=12)
     parser.add_argument("--validation", type=int, default=40)
     parser.add_argument("--curve", nargs="+", type=int, default=[30, 100, 300, 1000])
     parser.add_argument("--seed", type=int, default=0)
