@@ -265,6 +265,7 @@ def _solve_rows(problem, y, starts, params):
     if len(starts) > 1:
         problem = replace(problem, max_evals=problem.max_evals // len(starts))
     runs, total, metric = [], 0, None
+    looks = 0 if not problem.smoothing else 1 if len(starts) == 1 else 3
     for start in starts:
         # One frozen module serves everything; a worker unpacks it once per chunk.
         objective = MAPObjective(
@@ -282,36 +283,52 @@ def _solve_rows(problem, y, starts, params):
             metric = GaussianMetric(problem.surrogate, objective) if metric is None else metric
             objective.metric = metric
         history = [] if problem.history else None
-        results, spent, looks = {}, 0, 0
+        # Looks at the result that are made at the end are booked at the beginning.
+        objective.n_evals += looks
+        results, spent = {}, 0
         for lam, solution, n_evals, so_far in _solutions(problem, objective, start, history):
-            if problem.smoothing:
-                solution, n_evals = _seen_exactly(objective, solution, n_evals)
-                looks += len(y)
+            value = None
+            if looks:
+                solution, value = _seen_exactly(objective, lam, solution, len(starts) > 1)
             results[lam] = _result(objective, lam, solution, n_evals, history)
+            if value is not None:
+                results[lam]["rank"] = to_numpy(value)
             spent = so_far
-        total += spent + looks
+        # (Booked once; each lambda has its own.)
+        total += spent + looks * len(y) * (len(results) - 1)
         # (Along a lattice they come from its middle outwards.)
         runs.append([results[lam] for lam in problem.lams])
     return [_best(list(results)) for results in zip(*runs, strict=True)], total
 
 
-def _seen_exactly(objective, solution, n_evals):
-    """A solution with the numbers of the objective without smoothing: one more evaluation."""
+def _seen_exactly(objective, lam, solution, smoothed):
+    """A solution with the numbers of the objective without smoothing.
+
+    With ``smoothed`` also the value with it, by one pair of opposite perturbations that is the same
+    for every start: by the exact one those would win that end in a peak.
+    """
     exact = objective.exactly()
-    exact.n_evals = n_evals.clone()
+    exact.n_evals = torch.zeros_like(objective.n_evals)
     evaluation = exact.evaluate(solution.u)
     status = solution.status.clone()
     status[~evaluation.finite()] = STATUS.index("diverged")
-    return replace(solution, evaluation=evaluation, status=status), exact.n_evals
+    value = None
+    if smoothed:
+        again = objective.in_space(objective.space)
+        again.n_evals = exact.n_evals.zero_()
+        lams = torch.full_like(evaluation.data, lam)
+        value = (
+            again.evaluate(solution.u).value(lams) + again.evaluate(solution.u).value(lams)
+        ) / 2
+    return replace(solution, evaluation=evaluation, status=status), value
 
 
 def _best(results):
     """Row by row the result of lowest objective, and how far the others are from it."""
     if len(results) == 1:
         return results[0]
-    values = np.stack(
-        [np.where(np.isfinite(r["objective"]), r["objective"], np.inf) for r in results]
-    )
+    values = np.stack([r.pop("rank", r["objective"]) for r in results])
+    values = np.where(np.isfinite(values), values, np.inf)
     winner = values.argmin(0)
     rows = np.arange(len(winner))
     best = {}
@@ -332,9 +349,8 @@ def _best(results):
 
 def _solutions(problem, objective, start, history):
     """Yield lambda, solution, evaluations on its way per row, and evaluations so far in all."""
-    y, aside = objective.y, 0
-    # (With smoothing the last evaluation is _seen_exactly's.)
-    max_evals, lams = problem.max_evals - (problem.smoothing > 0), list(problem.lams)
+    y, aside, booked = objective.y, 0, objective.n_evals.clone()
+    max_evals, lams = problem.max_evals, list(problem.lams)
     options = dict(max_evals=max_evals, tol=problem.tol, history=history)
     mle = isinstance(start, str) and start == "mle"
     at_zero = problem.schedule is not None and lams[0] == 0
@@ -359,7 +375,7 @@ def _solutions(problem, objective, start, history):
         if not lams:
             return
         # What was for lambda 0 alone is not on the way to the others, but it was spent.
-        objective.n_evals.copy_(before if mle else 0 * before)
+        objective.n_evals.copy_(before if mle else booked)
         aside = int((n_evals - objective.n_evals).sum())
     z0 = off_centre(objective)
     # Where a start fails: the mode of the latent space. (Not for a random one, which it would

@@ -191,6 +191,8 @@ class MAPObjective:
         other.__dict__.update(self.__dict__)
         other.space = check_choice("space", space, SPACES)
         other.penalty = check_choice("penalty", penalty or self.penalty, PENALTIES)
+        if (other.space, other.penalty) != ("image", "density"):
+            other.smoothing = 0.0
         return other
 
     def exactly(self):
@@ -286,7 +288,7 @@ class MAPObjective:
         for pair in (nth // 2).unique().tolist():
             here = nth // 2 == pair
             u = torch.from_numpy(_standard_normal(pair, x.shape[1])).to(x)
-            moved[here] += self.smoothing * sign[here, None] * u
+            moved[here] += self.smoothing * sign[here, None].to(x) * u
         return moved
 
     def _image_terms(self, x, rows):

@@ -11,6 +11,7 @@ from problems import (
     make_objective,
     random_flow,
 )
+from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from test_theory import TwoModes
 
@@ -18,7 +19,7 @@ from skaipo import AIPORegressor, AIPORegressorCV, FixedLambdaMAP, FlowPrior, ai
 from skaipo.flows import Glow
 from skaipo.noise import GaussianNoise
 from skaipo.operators import CompressedSensing, Denoising, Inpainting, PhaseRetrieval
-from skaipo.solvers import TheorySchedule
+from skaipo.solvers import GradientDescent, LatticeSchedule, TheorySchedule
 
 NOISE = GaussianNoise(0.4)
 
@@ -199,6 +200,76 @@ def test_every_evaluation_is_counted(monkeypatch):
     assert sum(rows) <= n_evals
 
 
+@pytest.mark.parametrize("n_starts, max_evals", [(1, 4), (1, 5), (1, 13), (2, 16), (2, 41)])
+@pytest.mark.parametrize("name", STARTS)
+def test_the_budget_holds_whatever_the_start(name, n_starts, max_evals):
+    prior, op, Y = images(n=3)
+    estimator, params = STARTS[name]
+    params = dict(op=op, prior=prior, noise=NOISE, random_state=0) | params
+    if "op" in STARTS[name][1]:
+        Y = params["op"](prior.sample(3, random_state=2))
+    params |= dict(n_starts=n_starts, max_evals=max_evals, smoothing=0.2)
+    for lam in (0.0, 0.7):
+        result = estimator(lam=lam, **params).reconstruct(Y)
+        assert (result.n_evals <= max_evals).all() and np.isfinite(result.x).all()
+        if n_starts == 1:
+            assert result.disagreement is None
+
+
+def test_several_starts_are_compared_by_the_smoothed_objective():
+    prior, noise = FlowPrior(flow=Spike()), GaussianNoise(0.7)
+    settings = dict(prior=prior, noise=noise, smoothing=0.3, max_evals=2000, random_state=0)
+    one = AIPORegressor(Denoising(), **settings)
+    Y = np.array([[1.2], [1.5], [-0.5]])
+    several = clone(one).set_params(n_starts=4).reconstruct(Y)
+    # By the exact objective the peak at 1.5 would win.
+    assert several.x[1, 0] < 1.42
+    assert (several.n_evals <= 2000).all()
+
+
+def test_no_row_is_left_with_a_budget_to_spend():
+    """L-BFGS hands over what the noise makes it give up, at whatever stage."""
+    prior, op, _ = images()
+    Y = drop_entries(op(prior.sample(48, random_state=5)))
+    model = AIPORegressor(op, 0.1, prior=prior, noise=GaussianNoise(0.1), smoothing=0.2)
+    for schedule, max_evals in (("lattice", 121), ("direct", 60)):
+        result = model.set_params(schedule=schedule, max_evals=max_evals).reconstruct(Y)
+        assert (result.status == "budget").all()
+        if schedule == "direct":
+            assert (result.n_evals == 60).all()
+
+
+def test_the_lattice_does_not_depend_on_smoothing(monkeypatch):
+    prior, op, Y = images()
+    seen = []
+    original = LatticeSchedule.lattice
+
+    def recording(self, objective, max_evals):
+        seen.append(max_evals)
+        return original(self, objective, max_evals)
+
+    monkeypatch.setattr(LatticeSchedule, "lattice", recording)
+    AIPORegressor(
+        op, prior=prior, noise=NOISE, smoothing=0.3, schedule="lattice", max_evals=60
+    ).reconstruct(Y)
+    assert set(seen) == {60}
+
+
+def test_what_has_run_away_is_not_returned():
+    prior = gaussian_prior()
+    Y = prior.sample(3, random_state=0)
+    model = AIPORegressor(
+        Denoising(),
+        prior=prior,
+        noise=NOISE,
+        smoothing=0.1,
+        solver=GradientDescent(lipschitz=3.0),
+        max_evals=600,
+    )
+    exact = clone(model).set_params(smoothing=0).reconstruct(Y)
+    assert (model.reconstruct(Y).objective < exact.objective + 200).all()
+
+
 @pytest.mark.parametrize("poison", [np.nan, 1e30, 7.0])
 def test_rows_do_not_depend_on_each_other(poison):
     prior, op, Y = images(n=7)
@@ -228,12 +299,18 @@ def test_a_point_of_the_path_is_the_single_solve(schedule):
 
 def test_at_lambda_zero_there_is_nothing_to_smooth():
     prior, op, Y = images()
-    exact = AIPORegressor(op, 0.0, prior=prior, noise=NOISE, max_evals=60).reconstruct(Y)
-    # The last evaluation is for the numbers that are reported.
-    model = AIPORegressor(op, 0.0, prior=prior, noise=NOISE, smoothing=0.3, max_evals=61)
-    result = model.reconstruct(Y)
-    for name in ("x", "objective", "log_prob", "status"):
-        assert np.array_equal(getattr(result, name), getattr(exact, name)), name
+    params = dict(prior=prior, noise=NOISE, max_evals=120)
+    exact = AIPORegressor(op, 0.0, **params).reconstruct(Y)
+    result = AIPORegressor(op, 0.0, smoothing=0.3, **params).reconstruct(Y)
+    # (One evaluation less is left for the search.)
+    np.testing.assert_allclose(result.misfit, 0, atol=1e-6)
+    np.testing.assert_allclose(result.log_prob, exact.log_prob, rtol=0.02)
+    assert (result.status == "converged").any()
+    # Where lambda does not move the density does not count at all.
+    params = dict(prior=prior, noise=NOISE, solver="hybrid", init="zero", max_evals=60)
+    exact = FixedLambdaMAP(op, 0.0, **params).reconstruct(Y)
+    result = FixedLambdaMAP(op, 0.0, smoothing=0.3, **params).reconstruct(Y)
+    assert np.array_equal(result.x, exact.x) and np.array_equal(result.status, exact.status)
 
 
 def test_no_warning_of_what_is_always_so(recwarn):
@@ -269,6 +346,10 @@ def test_lambda_is_chosen_for_the_smoothed_objective():
         (dict(smoothing=True), r"smoothing must be a finite number >= 0.*got True"),
         (dict(smoothing=0.5, space="latent"), r"needs space='image'.*got space='latent'"),
         (dict(smoothing=0.5, penalty="latent"), r"penalty='density', got .*penalty='latent'"),
+        (
+            dict(smoothing=0.5, n_starts=2, max_evals=15),
+            r"at least 8 for each of the n_starts=2 starts with smoothing, got 15",
+        ),
         (dict(smoothing=0.5, schedule="adaptive"), r"schedule='adaptive' goes by gradients"),
         (
             dict(smoothing=0.5, schedule=TheorySchedule(L=2, sigma=1, delta=1, C=1, epsilon=0.1)),

@@ -364,6 +364,11 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 f"space='image' and penalty='density', got space={self.space!r} and "
                 f"penalty={self.penalty!r}. Change these, or set smoothing=0."
             )
+        if self.n_starts > 1 and self.max_evals < 8 * self.n_starts:
+            raise ValueError(
+                f"max_evals must be at least 8 for each of the n_starts={self.n_starts} starts "
+                f"with smoothing, got {self.max_evals!r}."
+            )
         if isinstance(self._schedule(), AdaptiveSchedule | TheorySchedule):
             raise ValueError(
                 f"smoothing={smoothing:g} leaves noise in every gradient, and "
@@ -436,16 +441,18 @@ class Reconstructor(ShortRepr, BaseEstimator):
         method = self._method()
         helps = self.space == "image" and method.wants_metric
         needed = "gaussian" in [start for start in starts if isinstance(start, str)]
+        schedule = self._schedule()
         problem = Problem(
             prior=prior,
             op=op,
             noise=noise,
             method=method,
-            schedule=self._schedule(),
+            schedule=schedule,
             space=check_choice("space", self.space, SPACES),
             penalty=check_choice("penalty", self.penalty, PENALTIES),
             lams=lams,
-            smoothing=float(self.smoothing),
+            # (Where the density does not count there is nothing to smooth.)
+            smoothing=0.0 if schedule is None and lams == (0.0,) else float(self.smoothing),
             max_evals=self.max_evals,
             tol=self.tol,
             mle_solver=check_choice("mle_solver", self.mle_solver, MLE_SOLVERS),
@@ -525,7 +532,9 @@ class Reconstructor(ShortRepr, BaseEstimator):
             warnings.warn(
                 f"{diverged} of {len(result.status)} rows diverged: their numbers overflowed and "
                 f"smaller steps did not help; what is returned for them is the best that was seen. "
-                f"Check the units of these measurements; see reconstruct(Y).status.",
+                f"Check the units of these measurements"
+                + (f" and of smoothing={self.smoothing:g}" if self.smoothing else "")
+                + "; see reconstruct(Y).status.",
                 ConvergenceWarning,
                 stacklevel=2,
             )
@@ -557,7 +566,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 stacklevel=2,
             )
         open_rows = counts["budget"] + counts["stalled"]
-        if self.smoothing:
+        if self.smoothing and result.lam > 0:
             # That they end with the budget is what was asked for.
             if counts["stalled"]:
                 warnings.warn(

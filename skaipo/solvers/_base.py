@@ -146,8 +146,8 @@ def minimize(
     -------
     solution : Solution
         The converged iterate where there is one, otherwise the best that was seen. Of an objective
-        with smoothing the last iterate: its values cannot be compared, nor its gradient trusted to
-        vanish, so that no row is ever called converged.
+        with smoothing the last iterate that has not run away: its values cannot be compared, nor
+        its gradient trusted to vanish, so that no row is ever called converged.
     """
     n = len(objective)
     method = method.prepare(objective)
@@ -180,6 +180,7 @@ def minimize(
         failures=torch.zeros_like(rows),
         restarts=torch.zeros_like(rows),
         reference=evaluation.value(lam),
+        lowest=evaluation.value(lam),
         idle=torch.zeros_like(rows),
     )
     best = evaluation
@@ -261,7 +262,11 @@ def minimize(
         evaluation = evaluation.where(accept, trial_evaluation)
         better = ok & (trial_evaluation.value(active["lam"]) < best.value(active["lam"]))
         if noisy:
-            better = accept
+            # The last one, unless it has run away: noise is a matter of some nats per dimension.
+            value = trial_evaluation.value(active["lam"])
+            active["lowest"] = torch.where(ok, active["lowest"].minimum(value), active["lowest"])
+            noise = 10 * active["lam"] * (1 + u.shape[1])
+            better = accept & (value <= active["lowest"] + active["lowest"].abs() + noise)
         best = best.where(better, trial_evaluation)
         active["best_u"] = torch.where(better[:, None], trial, active["best_u"])
         # Decreases add up until they are more than rounding.

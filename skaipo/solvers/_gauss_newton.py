@@ -49,7 +49,7 @@ def gauss_newton_start(surrogate, objective, lam, factors=(1.0, 3.0, 10.0), max_
     if seed:
         noise = None if objective.noise.is_exact_fit else objective.noise
         everyone = torch.arange(n, device=objective.y.device)
-        starts.append(penalised(objective, everyone, seed, noise).evaluation.x)
+        starts.append(penalised(objective.exactly(), everyone, seed, noise).evaluation.x)
     middle = factors[len(factors) // 2] * lam
     x, value = _gauss_newton(gaussian, image, middle, starts[0], _STEPS)
     for start in starts[1:]:

@@ -37,6 +37,9 @@ class Hybrid(Method):
         self.smooth = smooth
         self.rough = rough
 
+    # Whether noise may be what looks to the smooth part like the end of the way.
+    _noisy = False
+
     @property
     def wants_metric(self):
         return any(method.wants_metric for method in self._both())
@@ -48,7 +51,9 @@ class Hybrid(Method):
         )
 
     def prepare(self, objective):
-        return Hybrid(*(method.prepare(objective) for method in self._both()))
+        prepared = Hybrid(*(method.prepare(objective) for method in self._both()))
+        prepared._noisy = getattr(objective, "smoothing", 0) > 0
+        return prepared
 
     def start(self, objective, u, evaluation, lam):
         memory = dict(
@@ -104,16 +109,20 @@ class Hybrid(Method):
             with self._part(memory, "smooth") as (smooth, own):
                 accept = smooth.update(own, *args, ok & ~changed) & ~changed
                 gave_up = smooth.gave_up(own) & ~changed
-            memory["since"] = torch.where(gave_up, memory["progress"], memory["since"])
-            memory["changed"] = changed | gave_up
-            left = memory["ahead"] * (1 - memory["progress"])
-            if (planned := gave_up & left.isfinite()).any():
-                with self._part(memory, "rough") as (rough, own):
-                    rough.plan(own, left, planned)
+            self._hand_over(memory, gave_up)
         if changed.any():
             with self._part(memory, "rough") as (rough, own):
                 accept = accept | (rough.update(own, *args, ok & changed) & changed)
         return accept
+
+    def _hand_over(self, memory, rows):
+        """From here on some rows are the rough part's."""
+        memory["since"] = torch.where(rows, memory["progress"], memory["since"])
+        memory["changed"] = memory["changed"] | rows
+        left = memory["ahead"] * (1 - memory["progress"])
+        if (planned := rows & left.isfinite()).any():
+            with self._part(memory, "rough") as (rough, own):
+                rough.plan(own, left, planned)
 
     def retarget(self, memory, u, evaluation, lam, rows):
         with self._part(memory, "smooth") as (smooth, own):
@@ -139,4 +148,9 @@ class Hybrid(Method):
 
     def stalled(self, memory, idle):
         with self._part(memory, "smooth") as (smooth, own):
-            return smooth.stalled(own, idle) & ~memory["changed"]
+            stalled = smooth.stalled(own, idle) & ~memory["changed"]
+            # A row that gives up at another lambda than it failed at has a budget yet to spend.
+            handed = stalled if self._noisy else stalled & smooth.gave_up(own)
+        if handed.any():
+            self._hand_over(memory, handed)
+        return stalled & ~handed
