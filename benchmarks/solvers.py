@@ -18,6 +18,7 @@ with means and bootstrap intervals go to ``benchmarks/results/solvers.csv``.
 
 import argparse
 import csv
+import hashlib
 import json
 import platform
 import time
@@ -169,8 +170,11 @@ class Bench:
 
     def prior(self, flow):
         if flow not in self.priors:
-            self.priors[flow] = FlowPrior.load(RESULTS / f"faces_{flow}_32.safetensors")
+            self.priors[flow] = FlowPrior.load(self.weights(flow))
         return self.priors[flow]
+
+    def weights(self, flow):
+        return RESULTS / f"faces_{flow}_32.safetensors"
 
     def images(self, split, n):
         if split not in self.faces:
@@ -565,6 +569,7 @@ def main():
             rows = list(csv.DictReader(file))
     fresh = [
         {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in (row | versions).items()}
+        | dict(prior=hashlib.sha256(bench.weights(row["flow"]).read_bytes()).hexdigest()[:8])
         for row in bench.table
     ]
     keys = {tuple(str(row.get(k, "")) for k in identity) for row in fresh}
