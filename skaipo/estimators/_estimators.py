@@ -200,9 +200,9 @@ class AIPORegressor(Continuation, Regressor):
         standard normal, one ``u`` per evaluation. Flows that were trained on integer levels know
         nothing of what is finer than a level, and their density has peaks there that are no
         property of images; half a level to one (0.5 to 1 for images in 0..255) takes them out, and
-        gives a few tenths of a decibel and a flatter choice of lambda (``docs/solvers.md``). The
-        numbers that are reported are those of the exact objective at the result, which no row has
-        converged to. Needs ``space="image"`` and ``penalty="density"``, and a solver that bears
+        gives decibels at ``lam=1`` and some tenths at the best lambda (``docs/solvers.md``). The
+        numbers that are reported are those of the exact objective at the result, which is not its
+        minimiser: above ``lam=0`` no row is called converged. Needs ``space="image"`` and ``penalty="density"``, and a solver that bears
         noise in its gradients: "hybrid" or "adam".
     schedule : {"direct", "linear", "geometric", "lattice", "adaptive"} or schedule object, \
             default="direct"
