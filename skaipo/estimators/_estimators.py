@@ -202,8 +202,8 @@ class AIPORegressor(Continuation, Regressor):
         property of images; half a level to one (0.5 to 1 for images in 0..255) takes them out, and
         gives decibels at ``lam=1`` and some tenths at the best lambda (``docs/solvers.md``). The
         numbers that are reported are those of the exact objective at the result, which is not its
-        minimiser: above ``lam=0`` no row is called converged. Needs ``space="image"`` and ``penalty="density"``, and a solver that bears
-        noise in its gradients: "hybrid" or "adam".
+        minimiser: above ``lam=0`` no row is called converged. Needs ``space="image"`` and
+        ``penalty="density"``, and a solver that bears noise in its gradients: "hybrid" or "adam".
     schedule : {"direct", "linear", "geometric", "lattice", "adaptive"} or schedule object, \
             default="direct"
         How lambda moves: not at all (the target from the first step), up in equal steps
