@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from skaipo._padding import padded
+from skaipo._validation import to_tensor
 
 __all__ = ["Evaluation", "MAPObjective"]
 
@@ -287,7 +288,7 @@ class MAPObjective:
         # (Rows that are solved together have had equally many, but for the few that were lost.)
         for pair in (nth // 2).unique().tolist():
             here = nth // 2 == pair
-            u = torch.from_numpy(_standard_normal(pair, x.shape[1])).to(x)
+            u = to_tensor(_standard_normal(pair, x.shape[1])).to(x)
             moved[here] += self.smoothing * sign[here, None].to(x) * u
         return moved
 
