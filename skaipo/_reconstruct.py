@@ -196,6 +196,42 @@ def far_off(result, flow, penalty):
     )
 
 
+def unfinished(result, max_evals, tol, smoothing):
+    """What to say of the rows that did not converge, one message per kind.
+
+    Parameters
+    ----------
+    result : Reconstruction
+    max_evals, tol, smoothing
+        The estimator's.
+
+    Yields
+    ------
+    message : str
+    """
+    counts, n = result.counts(), len(result.status)
+    if counts["infeasible"]:
+        yield (
+            f"No image was found that explains the measurements of {counts['infeasible']} of "
+            f"{n} rows; what is returned for them is the one that came "
+            f"closest. With noise that is to be expected at lam=0: use a lam above it."
+        )
+    if smoothing and result.lam > 0:
+        # That they end with the budget is what was asked for.
+        if counts["stalled"]:
+            yield (
+                f"{counts['stalled']} of {n} rows stalled: the noise of smoothing={smoothing:g} is "
+                f"too much for the solver. Take solver='hybrid' or 'adam', or less smoothing."
+            )
+    elif counts["budget"] + counts["stalled"]:
+        yield (
+            f"{counts['budget'] + counts['stalled']} of {n} rows stopped before they converged "
+            f"({counts['budget']} at max_evals={max_evals}, {counts['stalled']} stalled). "
+            f"Raise max_evals, or, where that changes little, tol={tol:g}: a row that has "
+            f"stalled gets no further. See reconstruct(Y).status."
+        )
+
+
 def solve_chunk(problem, y, starts, params=None):
     """Solve for one chunk of rows at every target.
 

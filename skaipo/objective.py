@@ -1,5 +1,7 @@
 """The MAP objective: value and gradient per row, data term and prior term kept apart."""
 
+import math
+import numbers
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -20,6 +22,23 @@ def check_choice(name, value, choices):
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     return value
+
+
+def check_smoothing(smoothing, space, penalty):
+    """Raise a ValueError unless the density can be smoothed that much, in that space."""
+    is_number = isinstance(smoothing, numbers.Real) and not isinstance(smoothing, bool)
+    if not (is_number and 0 <= smoothing < math.inf):
+        raise ValueError(
+            f"smoothing must be a finite number >= 0, in the units of the images, got "
+            f"{smoothing!r}."
+        )
+    if smoothing and (space, penalty) != ("image", "density"):
+        raise ValueError(
+            f"smoothing={smoothing:g} averages the density over images near x: it needs "
+            f"space='image' and penalty='density', got space={space!r} and penalty={penalty!r}. "
+            f"Change these, or set smoothing=0."
+        )
+    return float(smoothing)
 
 
 @lru_cache(maxsize=32)
@@ -162,12 +181,7 @@ class MAPObjective:
         self.y = torch.where(self.observed, y, 0.0)
         self.n_evals = torch.zeros(len(y), dtype=torch.long, device=y.device)
         self._metric = None
-        if smoothing and (space, penalty) != ("image", "density"):
-            raise ValueError(
-                f"smoothing averages the density over images near x: it needs space='image' and "
-                f"penalty='density', got space={space!r} and penalty={penalty!r}."
-            )
-        self.smoothing = smoothing
+        self.smoothing = check_smoothing(smoothing, space, penalty)
 
     @property
     def metric(self):

@@ -14,11 +14,11 @@ from sklearn.utils.validation import check_is_fitted
 
 from skaipo._checkpoint import Checkpoint, describe_run
 from skaipo._progress import Progress
-from skaipo._reconstruct import Problem, Reconstruction, far_off, solve_chunk
+from skaipo._reconstruct import Problem, Reconstruction, far_off, solve_chunk, unfinished
 from skaipo._validation import check_batch, check_lam, masked, to_numpy, to_tensor
 from skaipo.flows._foreign import is_flow
 from skaipo.noise import CorrelatedGaussianNoise, GaussianNoise, as_noise
-from skaipo.objective import PENALTIES, SPACES, check_choice
+from skaipo.objective import PENALTIES, SPACES, check_choice, check_smoothing
 from skaipo.operators import as_operator
 from skaipo.operators._base import ShortRepr
 from skaipo.operators._convert import is_foreign
@@ -349,21 +349,9 @@ class Reconstructor(ShortRepr, BaseEstimator):
         self._check_smoothing()
 
     def _check_smoothing(self):
-        smoothing = self.smoothing
-        is_number = isinstance(smoothing, numbers.Real) and not isinstance(smoothing, bool)
-        if not (is_number and 0 <= smoothing < math.inf):
-            raise ValueError(
-                f"smoothing must be a finite number >= 0, in the units of the images, got "
-                f"{smoothing!r}."
-            )
+        smoothing = check_smoothing(self.smoothing, self.space, self.penalty)
         if smoothing == 0:
             return
-        if (self.space, self.penalty) != ("image", "density"):
-            raise ValueError(
-                f"smoothing={smoothing:g} averages the density over images near x: it needs "
-                f"space='image' and penalty='density', got space={self.space!r} and "
-                f"penalty={self.penalty!r}. Change these, or set smoothing=0."
-            )
         if self.n_starts > 1 and self.max_evals < 8 * self.n_starts:
             raise ValueError(
                 f"max_evals must be at least 8 for each of the n_starts={self.n_starts} starts "
@@ -556,33 +544,6 @@ class Reconstructor(ShortRepr, BaseEstimator):
     def _predict(self, Y, mask, checkpoint=None, op_params=None):
         """The reconstructions alone, with a warning that counts what did not converge."""
         result = self.reconstruct(Y, mask=mask, checkpoint=checkpoint, op_params=op_params)
-        counts = result.counts()
-        if counts["infeasible"]:
-            warnings.warn(
-                f"No image was found that explains the measurements of {counts['infeasible']} of "
-                f"{len(result.status)} rows; what is returned for them is the one that came "
-                f"closest. With noise that is to be expected at lam=0: use a lam above it.",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
-        open_rows = counts["budget"] + counts["stalled"]
-        if self.smoothing and result.lam > 0:
-            # That they end with the budget is what was asked for.
-            if counts["stalled"]:
-                warnings.warn(
-                    f"{counts['stalled']} of {len(result.status)} rows stalled: the noise of "
-                    f"smoothing={self.smoothing:g} is too much for the solver. Take "
-                    f"solver='hybrid' or 'adam', or less smoothing.",
-                    ConvergenceWarning,
-                    stacklevel=2,
-                )
-        elif open_rows:
-            warnings.warn(
-                f"{open_rows} of {len(result.status)} rows stopped before they converged "
-                f"({counts['budget']} at max_evals={self.max_evals}, {counts['stalled']} stalled). "
-                f"Raise max_evals, or, where that changes little, tol={self.tol:g}: a row that has "
-                f"stalled gets no further. See reconstruct(Y).status.",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        for message in unfinished(result, self.max_evals, self.tol, self.smoothing):
+            warnings.warn(message, ConvergenceWarning, stacklevel=2)
         return result.x
