@@ -284,6 +284,52 @@ def test_rows_do_not_depend_on_each_other(poison):
     assert np.array_equal(model.reconstruct(Y).x, together.x)
 
 
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
+    prior, op, Y = images()
+    model = AIPORegressor(op, prior=prior, noise=NOISE, smoothing=0.3, max_evals=40, batch_size=2)
+    whole = model.reconstruct(Y, checkpoint=tmp_path)
+    chunk = sorted(tmp_path.glob("chunk-*.npz"))[1]
+    chunk.unlink()
+    again = model.reconstruct(Y, checkpoint=tmp_path)
+    assert chunk.exists()
+    assert np.array_equal(again.x, whole.x) and np.array_equal(again.objective, whole.objective)
+
+
+def test_an_operator_of_each_row():
+    """As if each row were solved for by itself, with its own operator."""
+    prior = FlowPrior(flow=random_flow(Glow, (1, 4, 4)))
+    X = prior.sample(3, random_state=2)
+    masks = np.random.default_rng(0).random(X.shape) < 0.7
+    params = dict(prior=prior, noise=NOISE, smoothing=0.3, max_evals=40)
+    together = AIPORegressor(Inpainting(), **params).reconstruct(X, op_params=masks)
+    for i, mask in enumerate(masks):
+        alone = AIPORegressor(Inpainting(), **params).reconstruct(X[[i]], op_params=mask[None])
+        np.testing.assert_array_equal(together.x[i], alone.x[0])
+        clean = AIPORegressor(Inpainting(mask), **params).reconstruct(X[[i]])
+        np.testing.assert_allclose(together.objective[i], clean.objective[0], rtol=0.05)
+
+
+class OneWay(TwoModes):
+    """A flow that cannot sample."""
+
+    has_inverse = False
+
+    def _generate(self, z):
+        raise AssertionError("there is no direction from latents to data")
+
+
+def test_a_flow_without_inverse():
+    Y = np.array([[1.4], [-2.3]])
+    both = FlowPrior(flow=TwoModes())
+    results = [
+        AIPORegressor(
+            Denoising(), prior=prior, noise=NOISE, smoothing=0.1, max_evals=300
+        ).reconstruct(Y)
+        for prior in (both, FlowPrior(flow=OneWay()).fit(both.sample(200, random_state=0)))
+    ]
+    np.testing.assert_allclose(results[0].x, results[1].x, atol=0.02)
+
+
 @pytest.mark.parametrize("schedule", ["lattice", "geometric"])
 def test_a_point_of_the_path_is_the_single_solve(schedule):
     prior, op, Y = images()
