@@ -51,7 +51,7 @@ def test_a_second_run_solves_nothing_again(paper, report, tmp_path, monkeypatch,
     once = len(solved)
     assert len(set(solved)) == once
     rows = paper.read_rows(tmp_path / "paper.csv")
-    assert len(rows) == 2 * 5
+    assert len(rows) == 2 * 6
     first = (tmp_path / "paper.csv").read_text()
     paper.main(tiny(tmp_path))
     paper.main(tiny(tmp_path, "--cached"))
@@ -61,7 +61,7 @@ def test_a_second_run_solves_nothing_again(paper, report, tmp_path, monkeypatch,
     # Equal budgets, a tenth for the default, and only as much for denoising as is left without MLE.
     for row in rows:
         whole = {"denoising": 8, "inpainting": 12}[row["task"]]
-        assert float(row["n_evals"]) == (4 if row["method"] == paper.OURS else whole)
+        assert float(row["n_evals"]) == (whole if row["method"] in paper.PAPERS else 4)
         assert row["images"] == "5" and row["failed"] == "0"
 
     # One image's result is its own: in a chunk of another size it is the same.
@@ -77,8 +77,8 @@ def test_a_second_run_solves_nothing_again(paper, report, tmp_path, monkeypatch,
     capsys.readouterr()
     paper.main(tiny(tmp_path, "--plan"))
     plan = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert plan["evaluations"] == str(5 * (4 * 8 + 4 + 4 * 12 + 4))
-    assert plan["files"] == str(2 * 5 * 2) and plan["table_cells"] == "10"
+    assert plan["evaluations"] == str(5 * (4 * 8 + 2 * 4 + 4 * 12 + 2 * 4))
+    assert plan["files"] == str(2 * 6 * 2) and plan["table_cells"] == "12"
 
 
 def test_arithmetic_of_the_table(paper, report):
@@ -96,6 +96,7 @@ def test_arithmetic_of_the_table(paper, report):
         "Adam, zero": method([[0, 4, 2], [0, 4, 2]], flat),
         "Adam, random": method([[9, math.nan, 9], [9, 9, 9]], flat),
         paper.OURS: method([[0, 0, 0], [0, 0, 0]], [[23, 23, 23], [23, 23, 23]]),
+        paper.SMOOTHED: method([[0, 0, 0], [0, 0, 0]], [[21, 21, 21], [21, 21, 21]]),
     }
     rows = paper.summarise(results)
     assert rows[paper.AIPO]["objective"] == 3
@@ -124,6 +125,8 @@ def test_arithmetic_of_the_table(paper, report):
     group = {name: {k: str(v) for k, v in row.items()} for name, row in rows.items()}
     assert report.best_of(group) == "Adam, mle"
     assert report.reached(group["Adam, mle"]) == "yes, within the interval"
+    assert rows["Adam, mle"]["gain_smoothed"] == -2 and rows[paper.SMOOTHED]["gain"] == 2
+    assert report.reached(group["Adam, mle"], "gain_smoothed") == "no"
     assert report.reached(group["Adam, zero"]) == "yes"
 
 
