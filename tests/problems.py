@@ -1,5 +1,7 @@
 """Small random problems for the tests of the optimisation; the answers of some are known."""
 
+from itertools import combinations, product
+
 import numpy as np
 import torch
 
@@ -93,3 +95,20 @@ class Cliff(Flow):
 
     def _generate(self, z):
         return self._broken(z), z.new_zeros(len(z))
+
+
+def covering(*axes):
+    """Tuples of one value of each axis, such that every pair of values of two axes meets in one.
+
+    What goes wrong goes wrong for one value or for two together far more often than for three, and
+    the tuples are a fraction of the product. (Greedy, and the same every time.)
+    """
+    rows = list(product(*(range(len(axis)) for axis in axes)))
+    pairs = {row: frozenset(combinations(enumerate(row), 2)) for row in rows}
+    left, chosen = set().union(*pairs.values()), []
+    while left:
+        best = max(rows, key=lambda row: len(pairs[row] & left))
+        left -= pairs[best]
+        chosen.append(best)
+    values = [list(axis) for axis in axes]
+    return [tuple(axis[i] for axis, i in zip(values, row, strict=True)) for row in sorted(chosen)]

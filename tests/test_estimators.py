@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from problems import gaussian_prior, random_flow
+from problems import covering, gaussian_prior, random_flow
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
@@ -59,13 +59,16 @@ def measure(op, prior, n=5, sigma=0.3, seed=0):
 # ---------------------------------------------------------------------- against closed forms
 
 
-@pytest.mark.parametrize("noise", [None, GaussianNoise(0.3)], ids=["squared", "gaussian"])
-@pytest.mark.parametrize("solver, space", [("adam", "image"), ("lbfgs", "latent")])
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("op", OPERATORS)
-def test_closed_form_map(op, start, solver, space, noise):
+@pytest.mark.parametrize(
+    "op, start, way, noise",
+    covering(
+        OPERATORS, STARTS, [("adam", "image"), ("lbfgs", "latent")], [None, GaussianNoise(0.3)]
+    ),
+)
+def test_closed_form_map(op, start, way, noise):
     prior, op = gaussian_prior(D), OPERATORS[op]
     Y = measure(op, prior)
+    solver, space = way
     lam = 1.0 if noise else 2 * 0.3**2
     if solver == "adam" and start not in ("aipo", "mle"):
         # Slow for Adam: from afar, or by a schedule whose last stage is short by design.
@@ -204,10 +207,15 @@ def test_the_smallest_budgets_hold(init, space, schedule, max_evals, n_starts):
 # ---------------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("solver, space", [("adam", "image"), ("lbfgs", "latent")])
-@pytest.mark.parametrize("start", ["aipo", "geometric", "lattice", "mle"])
-@pytest.mark.parametrize("op", ["denoising", "inpainting"])
-def test_rows_do_not_depend_on_each_other(op, start, solver, space):
+@pytest.mark.parametrize(
+    "op, start, way",
+    covering(
+        ["denoising", "inpainting"],
+        ["aipo", "geometric", "lattice", "mle"],
+        [("adam", "image"), ("lbfgs", "latent")],
+    ),
+)
+def test_rows_do_not_depend_on_each_other(op, start, way):
     """Bit for bit in float32: alone, in small and large batches, beside a poisoned row.
 
     (With convolutions. Of dense layers BLAS rounds odd and even rows differently.)
@@ -215,7 +223,7 @@ def test_rows_do_not_depend_on_each_other(op, start, solver, space):
     prior = FlowPrior(flow=random_flow(Glow, (1, 4, 4), dtype=torch.float32))
     op = {"denoising": Denoising(), "inpainting": Inpainting(np.arange(16) % 3 > 0)}[op]
     Y = measure(op, prior, n=20)
-    settings = dict(prior=prior, noise=GaussianNoise(0.3), solver=solver, space=space)
+    settings = dict(prior=prior, noise=GaussianNoise(0.3), solver=way[0], space=way[1])
     model = STARTS[start](op, max_evals=25, **settings)
     whole = model.reconstruct(Y)
     for batch_size in (1, 7):

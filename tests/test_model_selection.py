@@ -363,8 +363,14 @@ def test_without_clean_data_the_noise_must_be_known(prior, Y):
         AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, max_evals=24).fit(Y)
 
 
-@pytest.mark.parametrize("cv", [3, ShuffleSplit(4, test_size=0.5, random_state=0)])
-@pytest.mark.parametrize("name", ["given normal", "unfitted normal", "learnt operator"])
+@pytest.mark.parametrize(
+    "name, cv",
+    [
+        ("given normal", 3),
+        ("unfitted normal", ShuffleSplit(4, test_size=0.5, random_state=0)),
+        ("learnt operator", 3),
+    ],
+)
 def test_the_mask_is_split_as_the_rows_are(name, cv, X, Y):
     prior, op = PROBLEMS[name]()
     if isinstance(op, CompressedSensing):

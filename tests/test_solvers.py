@@ -12,6 +12,7 @@ import torch
 from problems import (
     Cliff,
     any_operator,
+    covering,
     drop_entries,
     gaussian_prior,
     make_objective,
@@ -54,6 +55,8 @@ METHODS = {
     "gd": GradientDescent,
     "hybrid": lambda: Hybrid(rough=Adam(learning_rate=0.1)),
 }
+# Every method in one space, both spaces.
+EACH = [("adam", "image"), ("lbfgs", "latent"), ("gd", "latent"), ("hybrid", "image")]
 SCHEDULES = [
     LinearSchedule(),
     GeometricSchedule(),
@@ -176,15 +179,12 @@ def test_every_row_has_its_own_lambda(name, space):
 
 
 @pytest.mark.parametrize(
-    "name, schedule",
-    [
-        (n, GeometricSchedule(share=0.6) if isinstance(s, GeometricSchedule) else s)
-        for n, s in PAIRS
-    ],
+    "pair, space, operator", covering(PAIRS, SPACES, ["denoising", "compressed"])
 )
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("operator", ["denoising", "compressed"])
-def test_continuation_reaches_the_closed_form(operator, name, space, schedule):
+def test_continuation_reaches_the_closed_form(pair, space, operator):
+    name, schedule = pair
+    if isinstance(schedule, GeometricSchedule):
+        schedule = GeometricSchedule(share=0.6)
     objective, prior, op, y = gaussian_problem(operator, space)
     x0, _ = mle_start(objective, max_evals=300)
     solution = continuation(
@@ -206,9 +206,7 @@ def test_continuation_reaches_the_closed_form(operator, name, space, schedule):
 # ---------------------------------------------------------------------------------- status
 
 
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("architecture", [RealNVP, Glow])
+@pytest.mark.parametrize("architecture, name, space", covering([RealNVP, Glow], METHODS, SPACES))
 def test_converged_means_stationary_and_budget_means_spent(architecture, name, space):
     n, tol = 8, 5e-2
     objective = flow_problem(architecture, space, n, smooth=True)
@@ -1040,8 +1038,7 @@ def test_the_lattice_does_not_depend_on_the_target():
             LatticeSchedule(**wrong).lattice(objective, 300)
 
 
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name, space", EACH)
 def test_a_lattice_is_its_single_solves_and_costs_one_way_down_and_one_up(name, space):
     schedule, options = LatticeSchedule(n_stages=6), dict(max_evals=72, tol=1e-12)
 
@@ -1104,8 +1101,7 @@ def test_a_new_stage_keeps_the_curvature_and_forgets_the_moments():
         objective.n_evals.zero_()
 
 
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name, space", EACH)
 def test_a_path_is_its_single_solves(name, space):
     targets = [0.03, 0.2, 0.25, 1.0, 8.0]
 
@@ -1161,10 +1157,15 @@ def null_projector(objective, i):
     return np.eye(d) - np.linalg.pinv(seen) @ seen
 
 
-@pytest.mark.parametrize("solver", MLE_SOLVERS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("operator", ["inpainting", "compressed"])
-@pytest.mark.parametrize("architecture", [RealNVP, Glow])
+@pytest.mark.parametrize(
+    "architecture, operator, dtype, solver",
+    covering(
+        [RealNVP, Glow],
+        ["inpainting", "compressed"],
+        [torch.float64, torch.float32],
+        MLE_SOLVERS,
+    ),
+)
 def test_the_start_is_feasible_and_stationary(architecture, operator, dtype, solver):
     n, tol = 6, 2e-2
     objective = flow_problem(architecture, "image", n, operator, dtype=dtype, smooth=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import make_objective, random_flow
+from problems import covering, make_objective, random_flow
 
 from skaipo import AIPORegressor, FixedLambdaMAP, FlowPrior, GaussianPrior
 from skaipo.flows import Glow, RealNVP
@@ -478,11 +478,10 @@ FLOWS = {
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("penalty", PENALTIES)
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize(
+    "name, method, space, penalty, schedule",
+    covering(FLOWS, METHODS, SPACES, PENALTIES, SCHEDULES),
+)
 def test_a_row_is_the_same_in_batches_of_1_7_and_64_and_beside_poison(
     name, method, space, penalty, schedule
 ):
