@@ -6,6 +6,7 @@ sets and on caches. Here a value is taken apart as pickle would, and the parts a
 
 import ast
 import copyreg
+import dis
 import hashlib
 import inspect
 import sys
@@ -21,7 +22,7 @@ __all__ = ["fingerprint"]
 
 # Attributes that change while a value is used and say nothing new about it: of flows, operators
 # and noise models, and of scipy's sparse matrices.
-_CACHES = {"_cache", "_data_scale", "_typical_log_prob"}
+_CACHES = {"_cache", "_data_scale", "_typical_log_prob", "_moments_of"}
 _CACHES |= {"_has_sorted_indices", "_has_canonical_format"}
 # Code that has a version, which is for the caller to note where it matters. Of other code, the
 # source is hashed.
@@ -31,8 +32,9 @@ _VERSIONED = {"skaipo", "torch", "numpy", "scipy", "sklearn", *sys.stdlib_module
 def fingerprint(value):
     """Hash a value by what it holds.
 
-    The source of a user's own class or function counts, without its comments; what that in turn
-    calls does not. The device of a tensor and whether it requires a gradient do not count.
+    The source of a user's own class or function counts, without its comments, and so do the
+    numbers, strings and arrays among its defaults and the globals that it reads; what it calls does
+    not. The device of a tensor and whether it requires a gradient do not count.
 
     Parameters
     ----------
@@ -62,20 +64,70 @@ def _hash(kind, *parts):
     return total.digest()
 
 
-def _source(obj):
-    """The code of a user's class or function, formatting aside; empty where it cannot be read."""
+def _own(obj):
+    """The code of a user's class or function, formatting aside, and the plain values it reads."""
     if (obj.__module__ or "").partition(".")[0] in _VERSIONED:
-        return ""
+        return []
+    functions = _functions(obj)
     try:
-        return ast.dump(ast.parse(textwrap.dedent(inspect.getsource(obj))))
+        code = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(obj))))
     except (OSError, TypeError, SyntaxError):
-        return ""
+        # Typed at a prompt or piped into Python: what it was compiled to.
+        code = [_code(function.__code__) for function in functions]
+    return [code, [_read(function) for function in functions]]
 
 
 def _code(code):
     """What a code object does, as plain values."""
     constants = [_code(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
     return [code.co_code, code.co_names, constants]
+
+
+def _functions(obj):
+    """A function, or those that a class defines."""
+    if not isinstance(obj, type):
+        return [obj]
+    found = []
+    for value in vars(obj).values():
+        value = getattr(value, "__func__", value)
+        parts = (value.fget, value.fset) if isinstance(value, property) else (value,)
+        found += [part for part in parts if isinstance(part, types.FunctionType)]
+    return found
+
+
+def _is_plain(value):
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, np.ndarray):
+        return not value.dtype.hasobject
+    return value is None or isinstance(
+        value, bool | int | float | complex | str | bytes | np.generic | torch.Tensor
+    )
+
+
+def _codes(code):
+    """A code object and those that it holds."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _read(function):
+    """Numbers, strings and arrays that a function reads: its defaults and its module's globals.
+
+    Not those that it writes, as one that counts its calls does.
+    """
+    names, written = set(), set()
+    for code in _codes(function.__code__):
+        names.update(code.co_names)
+        written.update(i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL")
+    found = {name: v for name, v in function.__globals__.items() if name in names - written}
+    defaults = dict(enumerate(function.__defaults__ or ()))
+    return [
+        {name: value for name, value in part.items() if _is_plain(value)}
+        for part in (defaults, function.__kwdefaults__ or {}, found)
+    ]
 
 
 class _Walk:
@@ -140,7 +192,7 @@ class _Walk:
             )
         # What a class inherits is part of it.
         classes = inspect.getmro(obj) if isinstance(obj, type) else (obj,)
-        return self._all("global", [(c.__module__, c.__qualname__, _source(c)) for c in classes])
+        return self._all("global", [(c.__module__, c.__qualname__, *_own(c)) for c in classes])
 
     def _local(self, function):
         """A lambda or local function of a library, whose globals are the library's own."""

@@ -13,6 +13,8 @@ import weakref
 import numpy as np
 import torch
 
+from skaipo._validation import checksum
+
 try:
     import cloudpickle
 except ImportError:  # joblib < 1.6 brings its own
@@ -21,7 +23,7 @@ except ImportError:  # joblib < 1.6 brings its own
 __all__ = ["Pickler", "pack_module", "unpack_module"]
 
 _ALIGNMENT = 64
-# Module -> (versions of its tensors, packed state); a module that changed is packed again.
+# Module -> (what its tensors are, packed state); a module that changed is packed again.
 _PACKED = weakref.WeakKeyDictionary()
 
 
@@ -43,9 +45,10 @@ class Pickler(cloudpickle.CloudPickler):
         return self._index[id(obj)]
 
 
-def _versions(module):
+def _state(module):
     tensors = [*module.parameters(), *module.buffers()]
-    return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
+    parts = tuple((id(t), t.data_ptr(), t.device, t.dtype) for t in tensors)
+    return parts, checksum(*tensors)
 
 
 def pack_module(module):
@@ -60,9 +63,9 @@ def pack_module(module):
     state : dict
         ``flat`` is the same uint8 array at every call, as long as the module does not change.
     """
-    versions = _versions(module)
+    now = _state(module)
     known = _PACKED.get(module)
-    if known is not None and known[0] == versions:
+    if known is not None and known[0] == now:
         return known[1]
     file = io.BytesIO()
     pickler = Pickler(file)
@@ -85,7 +88,7 @@ def pack_module(module):
         offset += len(raw) + padding
     flat = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint8)
     state = dict(structure=file.getvalue(), table=tuple(table), flat=flat)
-    _PACKED[module] = (versions, state)
+    _PACKED[module] = (now, state)
     return state
 
 
@@ -107,5 +110,5 @@ def unpack_module(state):
     unpickler = pickle.Unpickler(io.BytesIO(state["structure"]))
     unpickler.persistent_load = tensors.__getitem__
     module = unpickler.load()
-    _PACKED[module] = (_versions(module), state)
+    _PACKED[module] = (_state(module), state)
     return module

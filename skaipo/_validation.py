@@ -1,13 +1,23 @@
 """The only place where arrays enter torch and leave it again."""
 
 import math
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from sklearn.utils.validation import check_array, validate_data
 
-__all__ = ["Layout", "check_batch", "check_lam", "resolve_device", "to_numpy", "to_tensor"]
+__all__ = [
+    "Layout",
+    "check_batch",
+    "check_lam",
+    "checksum",
+    "reject_empty_rows",
+    "resolve_device",
+    "to_numpy",
+    "to_tensor",
+]
 
 _TOO_SMALL = (np.dtype(np.float16), torch.float16, torch.bfloat16)
 
@@ -39,6 +49,19 @@ def to_tensor(array, device=None, dtype=None):
 def to_numpy(tensor):
     """Move a tensor to the CPU as a numpy array."""
     return tensor.detach().cpu().numpy()
+
+
+def checksum(*tensors):
+    """A number that changes with the contents of tensors.
+
+    A version counter would not do: it does not see what is written through ``.data``, as averages
+    of weights often are, or through a view by numpy.
+    """
+    digest = 0
+    for tensor in tensors:
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        digest = zlib.crc32(to_numpy(raw), digest)
+    return digest
 
 
 def resolve_device(device):
@@ -170,8 +193,16 @@ def check_batch(
             f"(shape {tuple(event_shape)})."
         )
     if allow_nan:
-        _reject_empty_rows(x, f"{name} has", " (all NaN)")
-    return x.to(device=device, dtype=dtype), layout, tuple(shape)
+        reject_empty_rows(x, f"{name} has", " (all NaN)")
+    finite = ~x.isinf()
+    x = x.to(device=device, dtype=dtype)
+    if (x.isinf() & finite.to(x.device)).any():
+        raise ValueError(
+            f"{name} has values beyond {torch.finfo(x.dtype).max:.3g}, the largest number in "
+            f"{str(x.dtype).removeprefix('torch.')}, in which the prior computes. Rescale them, "
+            f"or set them to NaN where they are not measurements."
+        )
+    return x, layout, tuple(shape)
 
 
 def masked(y, mask, shapes):
@@ -198,11 +229,12 @@ def masked(y, mask, shapes):
             f"got {name} of shape {tuple(values.shape)}.{hint}"
         )
     y = torch.where(values.reshape(y.shape).to(y.device) == 1, y, torch.nan)
-    _reject_empty_rows(y, "mask leaves")
+    reject_empty_rows(y, "mask leaves")
     return y
 
 
-def _reject_empty_rows(y, found, detail=""):
+def reject_empty_rows(y, found, detail=""):
+    """Refuse rows that are NaN alone; ``found`` begins the message."""
     empty = y.isnan().all(1).nonzero().flatten().tolist()
     if empty:
         raise ValueError(

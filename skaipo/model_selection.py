@@ -1,5 +1,6 @@
 """The choice of lambda: the path of reconstructions, and cross-validation along it."""
 
+import copy
 import numbers
 import warnings
 
@@ -33,6 +34,7 @@ def _grid(lams, eps, estimator):
                 f"lams must be at least 1 and eps lie in (0, 1), got lams={lams!r}, eps={eps!r}."
             )
         prior = estimator._ready_prior()
+        prior.flow_.compile_for_inference()  # notices weights that have changed
         _, noise = estimator._bind(prior)
         top = noise.typical_curvature() * prior.flow_.data_scale() ** 2
         return np.geomspace(eps * top, top, int(lams)) if lams > 1 else np.array([top])
@@ -45,12 +47,15 @@ def _grid(lams, eps, estimator):
 _SHARED = "geometric", "lattice"
 
 
-def _check_schedule(schedule):
+def _is_shared(schedule):
+    """Whether lambdas share a way along this schedule."""
     if isinstance(schedule, str):
-        shared = schedule in _SHARED
-    else:
-        shared = hasattr(schedule, "trunk") or hasattr(schedule, "lattice")
-    if not shared:
+        return schedule in _SHARED
+    return hasattr(schedule, "trunk") or hasattr(schedule, "lattice")
+
+
+def _check_schedule(schedule):
+    if not _is_shared(schedule):
         raise ValueError(
             f"A path needs a schedule whose stages do not depend on the target, such as "
             f"'geometric' or 'lattice', got {schedule!r}."
@@ -153,7 +158,8 @@ class _AlongPath:
     """An estimator at one lambda whose predictions are known already, for scorers."""
 
     def __init__(self, estimator, result):
-        self._estimator, self._result = estimator, result
+        self._estimator, self._result = copy.copy(estimator), result
+        self._estimator.lam = result.lam
 
     def __getattr__(self, name):
         return getattr(self._estimator, name)
@@ -294,8 +300,7 @@ class AIPORegressorCV(Continuation, Regressor):
 
     def _schedule(self):
         # A path shares its way; one lambda alone is better off with all of the budget.
-        shared = isinstance(self.schedule, str) and self.schedule in _SHARED
-        return DirectSchedule() if shared else super()._schedule()
+        return DirectSchedule() if _is_shared(self.schedule) else super()._schedule()
 
     def _single(self, lam=1.0):
         """The estimator of one point of the path."""
@@ -303,6 +308,16 @@ class AIPORegressorCV(Continuation, Regressor):
         for name in ("lams", "eps", "cv", "scoring"):
             del params[name]
         return clone(AIPORegressor(lam=lam, **params))
+
+    def _along_the_path(self):
+        """That estimator with all that fit made ready."""
+        fitted = self._single()
+        fitted.prior = self._ready_prior()
+        if is_learnt(self.op):
+            fitted.op = self.op_
+        if hasattr(self, "noise_"):
+            fitted.noise = self.noise_
+        return fitted
 
     def fit(self, X, y=None, *, prior=None, mask=None, op_params=None):
         """Choose lambda, then make the prior ready as :meth:`AIPORegressor.fit` does.
@@ -336,12 +351,7 @@ class AIPORegressorCV(Continuation, Regressor):
             )
         X, y, mask, op_params = indexable(X, y, mask, op_params)
         super().fit(X, y, prior=prior, mask=mask, op_params=op_params)
-        fitted = self._single()
-        fitted.prior = self.prior_
-        if is_learnt(self.op):
-            fitted.op = self.op_
-        if hasattr(self, "noise_"):
-            fitted.noise = self.noise_
+        fitted = self._along_the_path()
         lams = _grid(self.lams, self.eps, fitted)
         scorer = self._scorer(y)
         frozen = self._is_ready()
@@ -385,9 +395,22 @@ class AIPORegressorCV(Continuation, Regressor):
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        self.lams_ = lams
         mean = scores.mean(1)
-        best = int(np.argmax(mean))
+        scored = np.isfinite(mean)
+        if not scored.all():
+            which = ", ".join(f"{lam:g}" for lam in lams[~scored])
+            message = (
+                f"The mean score is not finite at lambda {which}: the scorer gave NaN or an "
+                f"infinity in some fold, as it does for an image that is not finite. See "
+                f"aipo_path(..., return_details=True) for the status of each row"
+            )
+            if not scored.any():
+                raise ValueError(f"{message}; leave such rows out, or pass another scoring.")
+            warnings.warn(f"{message}. It is not chosen from there.", UserWarning, stacklevel=2)
+        self.lams_ = lams
+        # As in GridSearchCV, what has no score is behind all that has one.
+        ranked = np.where(scored, mean, -np.inf)
+        best = int(np.argmax(ranked))
         self.lam_ = float(lams[best])
         self.best_score_ = float(mean[best])
         self.n_evals_ = int(n_evals)
@@ -399,7 +422,7 @@ class AIPORegressorCV(Continuation, Regressor):
             **{f"split{k}_test_score": scores[:, k] for k in range(len(folds))},
             "mean_test_score": mean,
             "std_test_score": scores.std(1),
-            "rank_test_score": rankdata(-mean, method="min").astype(np.int32),
+            "rank_test_score": rankdata(-ranked, method="min").astype(np.int32),
         }
         return self
 

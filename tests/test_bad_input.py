@@ -1,9 +1,12 @@
 """Every kind of bad input has its own message: what came, what was expected, how to fix it."""
 
+import re
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from problems import gaussian_prior, random_flow
 from sklearn.exceptions import NotFittedError
 
 from skaipo import (
@@ -15,6 +18,7 @@ from skaipo import (
     GaussianPrior,
     aipo_path,
 )
+from skaipo.flows import Glow
 from skaipo.metrics import ReconstructionScorer
 from skaipo.noise import GaussianNoise
 from skaipo.operators import (
@@ -24,7 +28,16 @@ from skaipo.operators import (
     LeastSquaresOperator,
     MatrixOperator,
 )
-from skaipo.solvers import LBFGS, Adam, DirectSchedule, GeometricSchedule, LinearSchedule
+from skaipo.solvers import (
+    LBFGS,
+    Adam,
+    AdaptiveSchedule,
+    DirectSchedule,
+    GeometricSchedule,
+    Hybrid,
+    LatticeSchedule,
+    LinearSchedule,
+)
 
 D, M = 6, 4
 ESTIMATORS = [AIPORegressor, FixedLambdaMAP, AIPOTransformer]
@@ -142,6 +155,49 @@ def test_parameters(build, params, message):
 def test_parameters_of_another_type(build, params, message):
     with pytest.raises(TypeError, match=message):
         call(build(**params), Y_GOOD)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        dict(schedule=AdaptiveSchedule(first=0.0)),
+        dict(schedule=AdaptiveSchedule(stage_evals=0)),
+        dict(schedule=GeometricSchedule(n_stages=0)),
+        dict(schedule=LinearSchedule(share=1.0)),
+        dict(schedule=LatticeSchedule(span=1.0)),
+        dict(solver=LBFGS(memory=0)),
+        dict(solver=Hybrid(smooth=LBFGS(give_up=1.0))),
+    ],
+)
+def test_parameters_of_solvers_and_schedules(params):
+    (owner,) = params.values()
+    owner = getattr(owner, "smooth", owner)
+    model = AIPORegressor(Denoising(), prior=gaussian_prior(D), init="mle", **params)
+    with pytest.raises(
+        ValueError, match=rf"{type(owner).__name__} needs .*got {re.escape(repr(owner))}"
+    ):
+        model.predict(np.zeros((2, D)))
+
+
+def test_numbers_beyond_the_precision_of_the_prior():
+    prior = FlowPrior(flow=random_flow(Glow, (1, 4, 4), dtype=torch.float32))
+    Y = np.zeros((2, 16))
+    Y[1, 0] = 1e39
+    with pytest.raises(ValueError, match=r"values beyond 3.4e\+38, the largest number in float32"):
+        AIPORegressor(Denoising(), prior=prior).predict(Y)
+    with pytest.raises(ValueError, match=r"lam must be at most .* in float32, got 1e\+39"):
+        AIPORegressor(Denoising(), 1e39, prior=prior).predict(Y[:1])
+
+
+def test_rows_of_which_the_operator_measures_nothing():
+    Y = np.ones((3, D))
+    Y[1, :2] = np.nan
+    op = Inpainting(np.arange(D) < 2)
+    for model in (AIPORegressor(op, prior=gaussian_prior(D)), FixedLambdaMAP(op)):
+        for call in ("fit", "predict"):
+            with pytest.raises(ValueError, match=r"mask and the NaN in Y leave 1 row.*: row 1\."):
+                model.set_params(prior=gaussian_prior(D))
+                getattr(model, call)(Y)
 
 
 def test_unknown_init():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -423,6 +424,43 @@ def test_the_source_of_a_users_operator_counts(tmp_path, monkeypatch):
         prints.append(namespace["f"](namespace["t"].Op()))
     sys.modules.pop("their_operator")
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_the_values_that_an_operator_reads_count(tmp_path):
+    """Also where there is no source to be read, as at a prompt."""
+    text = """
+from skaipo._fingerprint import fingerprint
+{values}
+def f(x, k={k}):
+    global calls
+    calls += 1
+    return A * x * {factor} + k
+class Op:
+    def f(self, x):
+        return A * x * {factor}
+found = fingerprint(f), fingerprint(Op())
+"""
+    same = dict(values="import numpy as np; A, calls = np.ones(2), 0", k=1, factor=1)
+    variants = [
+        same,
+        {**same, "values": "import numpy as np; A, calls = np.ones(2), 5"},
+        {**same, "values": "import numpy as np; A, calls = np.zeros(2), 0"},
+        {**same, "k": 2},
+        {**same, "factor": 3},
+    ]
+    prints = []
+    for variant in variants:
+        module = types.ModuleType("__prompt__")
+        sys.modules["__prompt__"] = module
+        exec(text.format(**variant), vars(module))
+        prints.append(module.found)
+    del sys.modules["__prompt__"]
+    first, counted, array, default, code = prints
+    # What it counts itself says nothing of what it does.
+    assert counted == first
+    assert array[0] != first[0] and array[1] != first[1]
+    assert default[0] != first[0] and default[1] == first[1]
+    assert code[0] != first[0] and code[1] != first[1]
 
 
 def test_fingerprints_are_by_value():

@@ -29,7 +29,7 @@ from skaipo.flows._frozen import FrozenEvaluator, ReferenceEvaluator, _evaluator
 from skaipo.flows._frozen._native import library
 from skaipo.flows._layers import AffineCoupling, InvertibleLinear
 from skaipo.noise import GaussianNoise
-from skaipo.operators import Inpainting
+from skaipo.operators import Denoising, Inpainting
 
 FLOWS = {
     "realnvp of vectors": lambda **k: random_flow(RealNVP, (7,), **k),
@@ -744,3 +744,40 @@ def test_out_of_memory_is_told_from_other_errors():
     assert told(MemoryError())
     assert told(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
     assert not told(RuntimeError("expected scalar type Float but found Double"))
+
+
+@pytest.mark.parametrize("space", ["image", "latent"])
+def test_rows_do_not_depend_on_how_many_fit_into_memory(monkeypatch, kernels, space):
+    """Bit for bit, with room for all rows, for some, for one, and for none."""
+    prior = FlowPrior(flow=random_flow(Glow, (1, 8, 8), dtype=torch.float32))
+    Y = GaussianNoise(0.3).add_noise(prior.sample(7, random_state=0), random_state=0)
+    model = AIPORegressor(
+        Denoising(), 1.0, prior=prior, noise=GaussianNoise(0.3), space=space, max_evals=20
+    )
+    evaluator = prior.flow_.compile_for_inference()
+    per_row = evaluator._bytes_per_row + evaluator._scratch_per_row
+    expected = model.reconstruct(Y)
+    for room in (3.5, 1.2, 0.2):
+        monkeypatch.setattr(_evaluator, "_CPU_BYTES", int(room * per_row))
+        if room < 1:
+            # Along the inverse, all of them: to rounding, but the same in every batch.
+            expected = model.set_params(batch_size=1).reconstruct(Y)
+        for batch_size in (1, 2, 7):
+            found = model.set_params(batch_size=batch_size).reconstruct(Y)
+            np.testing.assert_array_equal(found.x, expected.x)
+            np.testing.assert_array_equal(found.objective, expected.objective)
+
+
+def test_weights_that_change_unseen_are_noticed():
+    """Written through ``.data``, as averages of weights are."""
+    for flow in (random_flow(Glow, (6,)), random_flow(Glow, (1, 4, 4))):
+        prior = FlowPrior(flow=flow)
+        x = torch.randn(3, flow.n_features, dtype=torch.float64)
+        before = prior.score_samples(x)
+        flow.log_prob(x), pickle.dumps(prior)
+        for parameter in flow.parameters():
+            parameter.data.mul_(1.1)
+        after = prior.score_samples(x)
+        assert (after - before).abs().min() > 1e-3
+        torch.testing.assert_close(flow.log_prob(x), after)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(prior)).score_samples(x), after)

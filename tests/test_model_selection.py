@@ -1,5 +1,7 @@
 """The path along lambda, and the cross-validation that uses it, against single solves."""
 
+import copy
+
 import numpy as np
 import pytest
 import sklearn
@@ -28,7 +30,7 @@ from skaipo.metrics import (
 from skaipo.noise import GaussianNoise
 from skaipo.objective import MAPObjective
 from skaipo.operators import CompressedSensing, Denoising, Inpainting, LeastSquaresOperator
-from skaipo.solvers import LatticeSchedule
+from skaipo.solvers import GeometricSchedule, LatticeSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -487,3 +489,43 @@ def test_a_refit_leaves_nothing_of_the_last(prior, X, Y):
     model = AIPORegressorCV(Denoising(), lams=[0.1, 1.0], prior=prior, cv=3, **COMMON).fit(Y, X)
     model.fit(Y)
     assert not hasattr(model, "mse_path_")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_lambda_without_a_score_is_not_chosen(prior, X, Y, bad):
+    def score(estimator, Y, X):
+        return bad if estimator.lam == 30.0 else -estimator.lam
+
+    search = AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, cv=3, scoring=score, **COMMON)
+    with pytest.warns(UserWarning, match="not finite at lambda 30: .*It is not chosen from there"):
+        search.fit(Y, X)
+    assert search.lam_ == LAMS[0] and search.best_score_ == pytest.approx(-LAMS[0])
+    assert search.cv_results_["rank_test_score"].tolist() == [1, 2, 3, 4]
+    search.set_params(scoring=lambda estimator, Y, X: bad)
+    with pytest.raises(ValueError, match="not finite at lambda 0.003, 0.1, 1, 30: .*leave such"):
+        clone(search).fit(Y, X)
+
+
+@pytest.mark.parametrize("schedule", [GeometricSchedule(), LatticeSchedule()])
+def test_a_schedule_of_ones_own_predicts_as_its_name_does(prior, X, Y, schedule):
+    name = {"GeometricSchedule": "geometric", "LatticeSchedule": "lattice"}[type(schedule).__name__]
+    found, expected = (
+        AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, schedule=s, **COMMON).fit(Y, X)
+        for s in (schedule, name)
+    )
+    assert found.lam_ == expected.lam_
+    np.testing.assert_array_equal(found.predict(Y), expected.predict(Y))
+
+
+def test_the_grid_follows_a_flow_whose_weights_change():
+    prior = flow_prior(Glow, (1, 4, 4))
+    Y = prior.sample(2, random_state=0)
+    before, _ = aipo_path(Y, Denoising(), prior, lams=2, **COMMON)
+    with torch.no_grad():
+        prior.flow_.scale.data.mul_(10)
+    fresh = FlowPrior(flow=copy.deepcopy(prior.flow_))
+    vars(fresh.flow_).update(_data_scale=None, _typical_log_prob=None)
+    after, _ = aipo_path(Y, Denoising(), prior, lams=2, **COMMON)
+    np.testing.assert_array_equal(after, aipo_path(Y, Denoising(), fresh, lams=2, **COMMON)[0])
+    assert after[-1] > 50 * before[-1]
+    assert prior.flow_.typical_log_prob() == fresh.flow_.typical_log_prob()

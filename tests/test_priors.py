@@ -705,6 +705,14 @@ def test_a_users_own_flow_cannot_be_saved(path):
     class Own(Flow):
         pass
 
+    class Wider(Glow):
+        def _normalize(self, x):
+            z, log_det = super()._normalize(x)
+            return 2 * z, log_det + z.shape[1] * np.log(2)
+
+    # The same weights, another density.
+    with pytest.raises(TypeError, match="can be saved; save a Wider"):
+        FlowPrior(Wider((1, 4, 4))).save(path)
     with pytest.raises(TypeError, match="Only the flows of skaipo.flows can be saved; save a Own"):
         FlowPrior(Own((2,))).save(path)
     assert not path.exists()

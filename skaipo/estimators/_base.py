@@ -15,7 +15,14 @@ from sklearn.utils.validation import check_is_fitted
 from skaipo._checkpoint import Checkpoint, describe_run
 from skaipo._progress import Progress
 from skaipo._reconstruct import Problem, Reconstruction, far_off, solve_chunk, unfinished
-from skaipo._validation import check_batch, check_lam, masked, to_numpy, to_tensor
+from skaipo._validation import (
+    check_batch,
+    check_lam,
+    masked,
+    reject_empty_rows,
+    to_numpy,
+    to_tensor,
+)
 from skaipo.flows._foreign import is_flow
 from skaipo.noise import CorrelatedGaussianNoise, GaussianNoise, as_noise
 from skaipo.objective import PENALTIES, SPACES, check_choice, check_smoothing
@@ -76,7 +83,9 @@ def is_learnt(op):
 
 def _check_measurements(noise, op, y):
     # What the operator does not measure is no measurement, whatever the array holds.
-    noise.check_measurements(torch.where(op.measured(y), y, torch.nan))
+    seen = torch.where(op.measured(y), y, torch.nan)
+    reject_empty_rows(seen, "The operator's mask and the NaN in Y leave")
+    noise.check_measurements(seen)
 
 
 class Reconstructor(ShortRepr, BaseEstimator):
@@ -420,6 +429,12 @@ class Reconstructor(ShortRepr, BaseEstimator):
         self._check_params()
         prior = self._ready_prior()
         flow = prior.flow_
+        # Its products with an objective must not overflow either.
+        if max(lams) > torch.finfo(flow.loc.dtype).max ** 0.5:
+            raise ValueError(
+                f"lam must be at most {torch.finfo(flow.loc.dtype).max ** 0.5:.3g} where the prior "
+                f"computes in {str(flow.loc.dtype).removeprefix('torch.')}, got {max(lams):g}."
+            )
         op, noise = self._bind(prior)
         y, layout, _ = self._measurements(Y, op, flow=flow, mask=mask)
         y = y.clone() if y.is_inference() else y

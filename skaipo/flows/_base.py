@@ -2,13 +2,12 @@
 
 import copy
 import math
-import zlib
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-from skaipo._validation import to_numpy
+from skaipo._validation import checksum
 from skaipo.flows._frozen import (
     FrozenEvaluator,
     ReferenceEvaluator,
@@ -25,11 +24,9 @@ class Flow(nn.Module):
     Subclasses implement ``_normalize(x) -> (z, log_det)`` and ``_generate(z) -> (x, log_det)`` on
     standardised data ``(x - loc) / scale`` of shape ``(n, *event_shape)``, each with the
     log-determinant of its own direction; the Jacobian of the standardisation is accounted for
-    here, so that ``log_prob`` is a density in the units of ``x``. A ``config()`` that returns the
-    JSON-serialisable constructor arguments, with the class name as "class", makes a flow savable.
-    A flow that cannot generate sets ``has_inverse = False`` and leaves ``_generate`` out: it has a
-    density, and takes what others learn from their samples from clean data
-    (:meth:`with_clean_data`).
+    here, so that ``log_prob`` is a density in the units of ``x``. A flow that cannot generate sets
+    ``has_inverse = False`` and leaves ``_generate`` out: it has a density, and takes what others
+    learn from their samples from clean data (:meth:`with_clean_data`).
 
     Parameters
     ----------
@@ -156,7 +153,10 @@ class Flow(nn.Module):
             The same one until a parameter or ``memory`` is changed. (Layers that are replaced are
             not noticed: what is evaluated is a frozen flow.)
         """
-        key = kernels(), memory, self.training, self.loc.dtype, self.loc.device, self._digest()
+        digest = self._digest()
+        if getattr(self, "_moments_of", digest) != digest:
+            self._forget_moments()
+        key = kernels(), memory, self.training, self.loc.dtype, self.loc.device, digest
         known = self.__dict__.get("_evaluator")
         if known is None or known[0] != key:
             # Tensors born in inference mode could not be written to outside of it.
@@ -165,13 +165,10 @@ class Flow(nn.Module):
         return known[1]
 
     def _digest(self):
-        # The contents themselves: a version counter does not see what is written through ``.data``
-        # or a view by numpy.
-        digest = 0
-        for tensor in (*self.parameters(), *self.buffers()):
-            raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            digest = zlib.crc32(to_numpy(raw), digest)
-        return digest
+        return checksum(*self.parameters(), *self.buffers())
+
+    def _forget_moments(self):
+        self._data_scale = self._typical_log_prob = self._moments_of = None
 
     def release_workspaces(self):
         """Let go of the memory that the evaluator keeps for its next call."""
@@ -207,7 +204,7 @@ class Flow(nn.Module):
         other = copy.copy(self)
         kept = torch.linspace(0, len(x) - 1, min(len(x), 1024), dtype=torch.float64)
         other.clean = x[kept.round().long()].clone()
-        other._data_scale = other._typical_log_prob = None
+        other._forget_moments()
         return other
 
     def typical(self, n_samples, seed=0):
@@ -260,6 +257,7 @@ class Flow(nn.Module):
         number, so that it can be divided by.
         """
         if getattr(self, "_data_scale", None) is None:
+            self._moments_of = self._digest()
             x = self.typical(32 if self.clean is None else 1024)
             x = x[x.isfinite().all(1)]
             self._data_scale = 1.0
@@ -279,6 +277,7 @@ class Flow(nn.Module):
         Cached; NaN where none is finite.
         """
         if getattr(self, "_typical_log_prob", None) is None:
+            self._moments_of = self._digest()
             with torch.inference_mode(False), torch.no_grad():
                 log_prob = self.log_prob(self.typical(32).to(self.loc))
             self._typical_log_prob = float(log_prob[log_prob.isfinite()].median())

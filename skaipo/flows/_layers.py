@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from skaipo._validation import checksum
+
 __all__ = ["ActNorm", "AffineCoupling", "InvertibleLinear", "MaskedCoupling", "Split", "Squeeze"]
 
 # |log scale| of the layers with free scales: e^7 is about 1100.
@@ -119,7 +121,7 @@ class InvertibleLinear(nn.Module):
     def _frozen(self):
         """Weight, inverse and log-determinant per position, cached while the parameters stand."""
         tensors = (self.lower, self.upper, self.log_diagonal, self.sign, self.permutation)
-        key = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
+        key = self.lower.dtype, self.lower.device, checksum(*tensors)
         if self._cache is None or self._cache[0] != key:
             # A tensor born in inference mode could never take part in autograd later.
             with torch.inference_mode(False), torch.no_grad():

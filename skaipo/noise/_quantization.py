@@ -249,4 +249,8 @@ class QuantizationNoise(_Saturating):
 
     def _draw(self, clean, rng):
         noisy = clean + self._parameter("sigma") * rng.standard_normal(clean.shape)
-        return np.clip(self.step * np.round(noisy / self.step), self.low, self.high)
+        levels = self.step * np.round(noisy / self.step)
+        # (numpy < 2.1 wants at least one end.)
+        if self.low is None and self.high is None:
+            return levels
+        return np.clip(levels, self.low, self.high)

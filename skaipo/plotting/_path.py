@@ -73,6 +73,9 @@ class LambdaPathDisplay(Display):
     def from_estimator(cls, estimator, Y, X=None, *, image_shape=None, ax=None, **kwargs):
         """Reconstruct measurements along the lambdas of a search, and draw them.
 
+        The images are those of the path by which the search chose. (``predict`` solves for the
+        chosen lambda alone, with all of ``max_evals``.)
+
         Parameters
         ----------
         estimator : AIPORegressorCV
@@ -104,7 +107,7 @@ class LambdaPathDisplay(Display):
             )
         check_is_fitted(estimator)
         prior = estimator._ready_prior()
-        results, _ = estimator._solve(Y, tuple(estimator.lams_.tolist()))
+        results, _ = estimator._along_the_path()._solve(Y, tuple(estimator.lams_.tolist()))
         return cls.from_predictions(
             estimator.lams_,
             [result.x for result in results],

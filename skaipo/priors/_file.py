@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import uuid
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,7 +32,8 @@ def write_file(path, tensors, info):
     """
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     text = json.dumps({"format": _FORMAT, **info}, sort_keys=True)
-    temporary = f"{os.fspath(path)}.partial"
+    # (Others may be writing to the same path.)
+    temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.partial"
     try:
         save_file(tensors, temporary, metadata={"skaipo": text})
         os.replace(temporary, path)

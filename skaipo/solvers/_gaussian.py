@@ -177,14 +177,14 @@ class GaussianSurrogate:
         return torch.matmul(colours, v.reshape(n, len(colours), -1)).reshape(n, d)
 
 
-def surrogate_of(flow, seed=0):
+def surrogate_of(flow):
     """The surrogate of a flow, from its samples or clean data; cached by what the flow holds."""
     try:
         key = fingerprint(flow)
     except Exception:  # Pickling runs the objects' own code; a flow that does not pickle is itself.
         key = flow, fingerprint(dict(flow.state_dict()))
     if key not in _CACHE:
-        x = flow.typical(_N_SAMPLES, seed).cpu()
+        x = flow.typical(_N_SAMPLES).cpu()
         _CACHE[key] = GaussianSurrogate.from_samples(x, flow.event_shape)
         while len(_CACHE) > _CACHE_SIZE:
             _CACHE.popitem(last=False)

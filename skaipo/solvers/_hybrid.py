@@ -1,5 +1,6 @@
 """Quasi-Newton steps while the objective is smooth, annealed first-order steps where it is not."""
 
+import copy
 from contextlib import contextmanager
 
 import torch
@@ -51,7 +52,8 @@ class Hybrid(Method):
         )
 
     def prepare(self, objective):
-        prepared = Hybrid(*(method.prepare(objective) for method in self._both()))
+        prepared = copy.copy(self)
+        prepared.smooth, prepared.rough = (method.prepare(objective) for method in self._both())
         prepared._noisy = getattr(objective, "smoothing", 0) > 0
         return prepared
 

@@ -44,6 +44,12 @@ class LBFGS(Method):
     _metric = None
 
     def prepare(self, objective):
+        give_up = 0.5 if self.give_up is None else self.give_up
+        if not (self.memory >= 1 and self.first_step > 0 and 0 < give_up < 1):
+            raise ValueError(
+                f"LBFGS needs memory >= 1, first_step > 0 and 0 < give_up < 1 or None, got "
+                f"{self!r}."
+            )
         return with_metric(self, objective)
 
     # Sufficient decrease, and how small a step may get before the memory is dropped.

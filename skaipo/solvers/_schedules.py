@@ -18,6 +18,11 @@ __all__ = [
 ]
 
 
+def _require(ok, schedule, needs):
+    if not ok:
+        raise ValueError(f"{type(schedule).__name__} needs {needs}, got {schedule!r}.")
+
+
 class DirectSchedule(CheckedKeywords, BaseEstimator):
     """No continuation: the target from the first step."""
 
@@ -65,6 +70,8 @@ class LinearSchedule(CheckedKeywords, BaseEstimator):
         lams : list of float
         per_stage : int
         """
+        ok = self.n_stages >= 1 and 0 < self.share < 1 and self.tol >= 0
+        _require(ok, self, "n_stages >= 1, 0 < share < 1 and tol >= 0")
         # By max_evals alone, not by what rows have spent: rows must not depend on each other.
         budget = self.share * (max_evals - max_evals // 3)
         # Fewer evaluations than stages: take larger steps, so that the last keeps its share.
@@ -104,14 +111,17 @@ class GeometricSchedule(CheckedKeywords, BaseEstimator):
 
     def trunk(self, objective):
         """The trunk's lambdas, ascending to the anchor."""
+        ok = self.n_stages >= 1 and self.span > 1 and 0 < self.share < 1 and self.tol >= 0
+        _require(ok, self, "n_stages >= 1, span > 1, 0 < share < 1 and tol >= 0")
         anchor = objective.noise.typical_curvature() * objective.flow.data_scale() ** 2
         return [anchor / s for s in np.geomspace(self.span, 1.0, self.n_stages)]
 
     def stages(self, objective, target, max_evals):
         """Lambdas of the trunk before the target, and evaluations per stage."""
+        trunk = self.trunk(objective)
         budget = self.share * max_evals - max_evals // 3
         per_stage = max(1, math.floor(budget / self.n_stages))
-        return [lam for lam in self.trunk(objective) if lam < target], per_stage
+        return [lam for lam in trunk if lam < target], per_stage
 
     def last(self, max_evals):
         """Evaluations of the last stage."""
@@ -152,11 +162,8 @@ class LatticeSchedule(CheckedKeywords, BaseEstimator):
 
     def lattice(self, objective, max_evals):
         """The lambdas, ascending, and which of them is the first to be solved for."""
-        if not (self.n_stages >= 2 and self.span > 1 and self.middle > 0 and 0 < self.share < 1):
-            raise ValueError(
-                f"LatticeSchedule needs n_stages >= 2, span > 1, middle > 0 and 0 < share < 1, got "
-                f"{self!r}."
-            )
+        ok = self.n_stages >= 2 and self.span > 1 and self.middle > 0 and 0 < self.share < 1
+        _require(ok, self, "n_stages >= 2, span > 1, middle > 0 and 0 < share < 1")
         anchor = objective.noise.typical_curvature() * objective.flow.data_scale() ** 2
         n = max(2, min(self.n_stages, max_evals // 12))
         lams = np.geomspace(anchor / self.span, anchor, n).tolist()
@@ -293,6 +300,9 @@ class AdaptiveSchedule(CheckedKeywords, BaseEstimator):
 
     def climb(self, max_evals):
         """Evaluations that the climb may take."""
+        ok = 0 < self.first <= 1 and self.stage_evals >= 1
+        ok = ok and 0 < self.share < 1 and self.tol >= 0
+        _require(ok, self, "0 < first <= 1, stage_evals >= 1, 0 < share < 1 and tol >= 0")
         return int(self.share * (max_evals - max_evals // 3))
 
     def last(self, max_evals):

@@ -243,30 +243,37 @@ class FrozenEvaluator:
             parts = [self._map(rows, inverse, space) for rows in u.split(self._chunk)]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
-    def _stores(self, u):
+    def _kept(self, u):
+        """Number of rows whose activations are kept for the way back."""
         if self.memory in ("store", "recompute"):
-            return self.memory == "store"
+            return len(u) if self.memory == "store" else 0
         budget = self.memory
         if budget == "auto":
             budget = _CPU_BYTES
             if u.is_cuda:
                 budget = torch.cuda.get_device_properties(u.device).total_memory // 4
-        return len(u) * (self._bytes_per_row + self._scratch_per_row) <= budget
+        return min(len(u), budget // (self._bytes_per_row + self._scratch_per_row))
 
     def _linearize(self, u, inverse):
         u = u.detach()
-        if not self._stores(u):
+        kept = self._kept(u)
+        if kept == 0 and len(u):
             u = u.clone()  # it is needed again
             value, log_det = self._map_in_chunks(u, inverse)
             return value, log_det, partial(self._pull_along_inverse, u, value, inverse)
-        # Chunks as well, but larger ones: each has a workspace of its own until its way back.
+        # Chunks as well, but larger ones: each has a workspace of its own until its way back. Rows
+        # for which there is no room are mapped once more by then: a row's gradient must not depend
+        # on how many rows there are, as that along the inverse would, by rounding.
+        u, rest = u[:kept], u[kept:].clone()
         chunks = u.split(2 * self._chunk)
         spaces = [self._borrow(True) for _ in chunks]
         pairs = zip(chunks, spaces, strict=True)
         maps = [self._map(chunk, inverse, space) for chunk, space in pairs]
+        sizes = [len(value) for value, _ in maps]
+        later = rest.split(min(kept, 2 * self._chunk)) if len(rest) else ()
+        if later:
+            maps.append(self._map_in_chunks(rest, inverse))
         values, log_dets = zip(*maps, strict=True)
-
-        sizes = [len(value) for value in values]
         value = torch.cat(values)
 
         def pull(*cotangents):
@@ -279,6 +286,13 @@ class FrozenEvaluator:
                 rows = slice(start, start := start + size)
                 chosen = [(None if v is None else v[rows], c) for v, c in cotangents]
                 gradients.append(self._pull(chosen, inverse, space, size))
+                self._give_back(space)
+            for chunk in later:
+                rows = slice(start, start := start + len(chunk))
+                chosen = [(None if v is None else v[rows], c) for v, c in cotangents]
+                space = self._borrow(True)
+                self._map(chunk, inverse, space)
+                gradients.append(self._pull(chosen, inverse, space, len(chunk)))
                 self._give_back(space)
             return [torch.cat(parts) for parts in zip(*gradients, strict=True)]
 
