@@ -240,7 +240,8 @@ def coverage(rows, found):
     text = (
         f"{len(found)} cells ({', '.join(FLOWS[f] for f in run['flow'])}; "
         f"{len(run['task'])} tasks; lambda {', '.join(f'{v:g}' for v in sorted(run['lam']))}); "
-        f"images: {sizes}; seeds {first['seeds'].replace(' ', ', ')}."
+        f"images: {sizes}; seeds {first['seeds'].replace(' ', ', ')}; prior(s) "
+        f"{', '.join(dict.fromkeys(row['prior'] for row in rows))}."
     )
     if planned != len(found):
         text += f" {planned - len(found)} combinations of these are not finished."
@@ -359,7 +360,8 @@ def page(rows):
     order = {"faces": 0, "digits": 1}
     for key in sorted(runs, key=lambda k: (order[k[0]], -int(k[1]), k)):
         data, evals = {"faces": "Faces, 32 x 32", "digits": "Digits, 8 x 8"}[key[0]], key[1]
-        parts += [f"## {data}, {evals} evaluations", render(runs[key])]
+        seeds = key[2].replace(" ", ", ")
+        parts += [f"## {data}, {evals} evaluations, seed {seeds}", render(runs[key])]
     return "\n\n".join(parts) + "\n"
 
 

@@ -384,15 +384,17 @@ def test_without_stored_activations_memory_does_not_grow_with_depth():
     assert held(evaluator) == 0
 
 
-def test_a_budget_decides_between_storing_and_computing_again():
-    flow = FLOWS["glow of images"]()
+def test_a_budget_decides_how_many_rows_are_stored():
+    flow = FLOWS["glow of grey images"]()
     evaluator = FrozenEvaluator(flow)
     per_row = evaluator._bytes_per_row + evaluator._scratch_per_row
     x, z = points(flow, 8)
-    for rows, stores in ((4, True), (5, False)):
-        evaluator = FrozenEvaluator(flow, 4 * per_row)
-        evaluated(evaluator, x[:rows], False, [(z[:rows], 0.0)])
-        assert bool(evaluator._idle[True]) == stores
+    expected = evaluated(evaluator, x, False, [(z, 0.0)])
+    for room, stored in ((9, 8), (4, 4), (1, 1), (0.9, 0)):
+        evaluator = FrozenEvaluator(flow, int(room * per_row))
+        found = evaluated(evaluator, x, False, [(z, 0.0)])
+        assert [space.n for space in evaluator._idle[True]] == [stored] * (stored > 0)
+        assert_same(found, expected, 0.0 if stored else 1e-10)
     with pytest.raises(ValueError, match="memory must be 'auto', 'store'"):
         flow.compile_for_inference(memory="half")
 

@@ -144,8 +144,10 @@ class Flow(nn.Module):
         memory : {"auto", "store", "recompute"} or int, default="auto"
             Whether a pass back uses activations that were kept, or computes them again from the
             outputs, in about half as much time more and in memory that does not grow with the
-            flow's depth. A number is a budget in bytes above which they are computed again; "auto"
-            is one of 512 MiB, on a GPU of a quarter of its memory.
+            flow's depth. A number is a budget in bytes: activations are kept for as many rows as
+            there is room for, and then for the next ones, computed again from the inputs, so that
+            the results are the same bits; where there is no room for one row, from the outputs.
+            "auto" is a budget of 512 MiB, on a GPU of a quarter of its memory.
 
         Returns
         -------
