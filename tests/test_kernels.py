@@ -698,8 +698,10 @@ def small_problem(n, dtype=torch.float64):
     return prior, op, op(X) + 0.3 * np.random.RandomState(0).randn(n, 16)
 
 
-@pytest.mark.parametrize("space", ["image", "latent"])
-@pytest.mark.parametrize("solver", ["hybrid", "lbfgs", "adam", "gd"])
+@pytest.mark.parametrize(
+    "solver, space",
+    [("hybrid", "image"), ("hybrid", "latent"), ("lbfgs", "latent"), ("adam", "image")],
+)
 def test_reconstructions_do_not_depend_on_the_kernels(monkeypatch, kernels, solver, space):
     prior, op, Y = small_problem(6)
     results = {}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from problems import gaussian_prior, make_objective, random_flow
+from problems import covering, gaussian_prior, make_objective, random_flow
 from scipy.optimize import minimize as scipy_minimize
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
@@ -429,10 +429,10 @@ def test_a_symmetric_centre_is_no_end():
     assert (exact.status != "infeasible").any()
 
 
-@pytest.mark.parametrize("space", ["image", "latent"])
-@pytest.mark.parametrize("n_starts", [1, 2])
-@pytest.mark.parametrize("max_evals", [4, 5, 8, 13])
-@pytest.mark.parametrize("schedule", ["direct", "linear"])
+@pytest.mark.parametrize(
+    "space, n_starts, max_evals, schedule",
+    covering(["image", "latent"], [1, 2], [4, 5, 8, 13], ["direct", "linear"]),
+)
 def test_small_budgets_are_kept(space, n_starts, max_evals, schedule):
     # (Four for each start is the least that is taken.)
     max_evals = max(max_evals, 4 * n_starts)
