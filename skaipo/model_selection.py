@@ -339,6 +339,12 @@ class AIPORegressorCV(Continuation, Regressor):
         Returns
         -------
         self : AIPORegressorCV
+
+        Raises
+        ------
+        ValueError
+            If no lambda has a mean score that is finite. Those that have none are named in a
+            warning, and not chosen.
         """
         # Here, because they take longer to import than the whole of skaipo.
         from sklearn.model_selection import check_cv
