@@ -16,7 +16,7 @@ import types
 import numpy as np
 import torch
 
-from skaipo._validation import to_numpy
+from skaipo._validation import as_bytes, to_numpy
 
 __all__ = ["fingerprint"]
 
@@ -175,8 +175,7 @@ class _Walk:
             raw = np.ascontiguousarray(obj).reshape(-1).view(np.uint8)
             return _hash("array", f"{obj.dtype} {obj.shape}".encode(), raw)
         if isinstance(obj, torch.Tensor) and obj.layout == torch.strided:
-            flat = obj.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-            raw = to_numpy(flat.view(torch.uint8)) if len(flat) else b""
+            raw = to_numpy(as_bytes(obj)) if obj.numel() else b""
             return _hash("tensor", f"{obj.dtype} {tuple(obj.shape)}".encode(), raw)
         if isinstance(obj, type | types.FunctionType):
             return self._global(obj)

@@ -13,7 +13,7 @@ import weakref
 import numpy as np
 import torch
 
-from skaipo._validation import checksum
+from skaipo._validation import as_bytes, checksum, to_numpy
 
 try:
     import cloudpickle
@@ -72,7 +72,7 @@ def pack_module(module):
     pickler.dump(module)
     table, parts, offset = [], [], 0
     for tensor in pickler.tensors:
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        raw = to_numpy(as_bytes(tensor))
         padding = -len(raw) % _ALIGNMENT
         table.append(
             (

@@ -10,6 +10,7 @@ from sklearn.utils.validation import check_array, validate_data
 
 __all__ = [
     "Layout",
+    "as_bytes",
     "check_batch",
     "check_lam",
     "checksum",
@@ -59,9 +60,14 @@ def checksum(*tensors):
     """
     digest = 0
     for tensor in tensors:
-        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        digest = zlib.crc32(to_numpy(raw), digest)
+        digest = zlib.crc32(to_numpy(as_bytes(tensor)), digest)
     return digest
+
+
+def as_bytes(tensor):
+    """The contents of a dense tensor, one after the other."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.contiguous().reshape(-1).view(torch.uint8)
 
 
 def resolve_device(device):
