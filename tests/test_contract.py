@@ -434,6 +434,7 @@ class Odd(torch.nn.Module):
         self.register_buffer("count", torch.arange(5), persistent=False)
         self.register_buffer("empty", torch.zeros(0, 4, dtype=torch.float64))
         self.register_buffer("coarse", torch.tensor([1.5], dtype=torch.bfloat16))
+        self.register_buffer("conjugate", torch.tensor([1 + 2j]).conj())
         self.extra = [torch.arange(6.0).reshape(2, 3).T]
 
 
@@ -443,7 +444,7 @@ def test_tied_tensors_and_odd_buffers_survive():
     assert there.second.weight is there.first.weight
     assert isinstance(there.first.weight, torch.nn.Parameter)
     assert there.first.weight.requires_grad and not there.first.bias.requires_grad
-    for name in ("flag", "count", "empty", "coarse"):
+    for name in ("flag", "count", "empty", "coarse", "conjugate"):
         before, after = getattr(module, name), getattr(there, name)
         assert after.dtype == before.dtype and after.shape == before.shape
         assert torch.equal(after, before)
@@ -451,7 +452,7 @@ def test_tied_tensors_and_odd_buffers_survive():
     assert set(there.state_dict()) == set(module.state_dict())
 
 
-@pytest.mark.parametrize("change", ["in place", "replaced", "loaded"])
+@pytest.mark.parametrize("change", ["in place", "unseen", "replaced", "loaded"])
 def test_a_module_that_changes_is_packed_anew(change):
     module = Odd()
     old = pack_module(module)
@@ -459,6 +460,8 @@ def test_a_module_that_changes_is_packed_anew(change):
     with torch.no_grad():
         if change == "in place":
             module.first.weight.copy_(weight)
+        elif change == "unseen":
+            module.first.weight.data.copy_(weight)
         elif change == "replaced":
             module.first.weight = torch.nn.Parameter(weight)
         else:
