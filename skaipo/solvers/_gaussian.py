@@ -287,7 +287,7 @@ class GaussianMetric:
         signs = to_tensor(signs).to(y)
         self._shared, self._at = None, None
         if objective.op.is_linear and objective.params is None:
-            self._shared = _SharedMap(objective.op, y)
+            self._shared = objective.op
             # Rows with the same weights share the small matrices.
             self.weight, self.group = torch.unique(weight, dim=0, return_inverse=True)
             columns = self._shared.linear(basis.T)
@@ -423,17 +423,6 @@ class GaussianMetric:
         curvature = (step * change).sum(1)
         ratio = curvature / padded(self.surrogate.quadratic, step)
         return torch.where(curvature > 0, ratio, torch.nan)
-
-
-class _SharedMap:
-    """A linear operator and its linear part, the same for all rows."""
-
-    def __init__(self, op, like):
-        self.forward, self.adjoint = op.forward, op.adjoint
-        self._zero = op.forward(like.new_zeros(1, op.n_features_in_))
-
-    def linear(self, v):
-        return self.forward(v) - self._zero
 
 
 def _inverse_root(curvature, least):
