@@ -2,7 +2,7 @@
 
 import torch
 
-from skaipo.operators._projector import AffineProjector, check_same_rows
+from skaipo.operators._projector import AffineProjector, CorrectingProjector, check_same_rows
 
 __all__ = ["FilterProjector", "SeparableProjector", "SplitProjector", "wide"]
 
@@ -15,7 +15,7 @@ def wide(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class _FormulaProjector(AffineProjector):
+class _FormulaProjector(CorrectingProjector):
     """``x - A^+ (A x - y)``, in float64; subclasses write ``_inverse(residual)``."""
 
     def __init__(self, op, y):
@@ -31,10 +31,8 @@ class _FormulaProjector(AffineProjector):
         return (images - self._inverse(self._op.forward(images) - y)).to(x.dtype)
 
     def __call__(self, x):
+        # Float64 whatever the images come in.
         return self._correct(x, self._y)
-
-    def null(self, v):
-        return self._correct(v, 0.0)
 
 
 class FilterProjector(_FormulaProjector):

@@ -7,7 +7,7 @@ import torch
 
 from skaipo.operators._base import Operator
 from skaipo.operators._pixels import as_mask
-from skaipo.operators._projector import AffineProjector, check_same_rows
+from skaipo.operators._projector import CorrectingProjector, check_same_rows
 
 __all__ = ["MaskedFourier"]
 
@@ -168,7 +168,7 @@ class MaskedFourier(Operator):
         return Y[:, :half] + 1j * Y[:, half:]
 
 
-class _HermitianProjector(AffineProjector):
+class _HermitianProjector(CorrectingProjector):
     """Projection where measurements are real and imaginary parts of a real image's transform.
 
     With ``u, v`` orthonormal coordinates of the pair (k, -k) the transform is
@@ -195,9 +195,3 @@ class _HermitianProjector(AffineProjector):
         parts = residual.reshape(-1, 2, *op._image)
         parts = (parts + self._sign.to(x) * op._opposite(parts)) / self._counts.to(x)
         return x - op._image_of(parts.flatten(1))
-
-    def __call__(self, x):
-        return self._correct(x, self._y.to(x.dtype))
-
-    def null(self, v):
-        return self._correct(v, 0.0)

@@ -11,7 +11,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.base import BaseEstimator
 
-from skaipo.operators._base import AffineProjector, Operator, ShortRepr, check_same_rows
+from skaipo.operators._base import Operator, ShortRepr
+from skaipo.operators._projector import CorrectingProjector, check_same_rows
 
 __all__ = ["CompressedSensing", "LeastSquaresOperator", "MatrixOperator"]
 
@@ -120,7 +121,7 @@ class _LinearMap(Operator):
         return torch.from_numpy(self._gram())[None].to(device)
 
 
-class _GramProjector(AffineProjector):
+class _GramProjector(CorrectingProjector):
     """x - A^T (A A^T)^+ (A x - y) over the observed rows (for m > d: x - (A^T A)^+ A^T (A x - y)).
 
     The Gram systems are factorised and solved in float64 whatever the dtype of x. Each distinct
@@ -175,12 +176,6 @@ class _GramProjector(AffineProjector):
             else:
                 x = x - self._solve(self._op.adjoint(residual))
         return x
-
-    def __call__(self, x):
-        return self._correct(x, self._y.to(x.dtype))
-
-    def null(self, v):
-        return self._correct(v, 0.0)
 
 
 class CompressedSensing(_LinearMap):

@@ -2,8 +2,9 @@
 
 import torch
 
-from skaipo.operators._base import AffineProjector, Operator, check_same_rows
+from skaipo.operators._base import Operator
 from skaipo.operators._linear import _inverse_root, _is_int
+from skaipo.operators._projector import CorrectingProjector, check_same_rows
 
 __all__ = ["PerSampleMatrix"]
 
@@ -84,7 +85,7 @@ class PerSampleMatrix(Operator):
         return torch.linalg.matrix_norm(self._matrices.to("cpu", torch.float64), 2)
 
 
-class _RowsProjector(AffineProjector):
+class _RowsProjector(CorrectingProjector):
     """x - A^T (A A^T)^+ (A x - y), each row with its own A."""
 
     def __init__(self, op, y, observed):
@@ -104,9 +105,3 @@ class _RowsProjector(AffineProjector):
             r = ((r @ self._root) @ self._root.mT)[:, 0].to(x)
             x = x - self._op.adjoint(torch.where(self._keep, r, 0.0))
         return x
-
-    def __call__(self, x):
-        return self._correct(x, self._y.to(x.dtype))
-
-    def null(self, v):
-        return self._correct(v, 0.0)

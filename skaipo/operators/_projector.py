@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-__all__ = ["AffineProjector", "check_same_rows"]
+__all__ = ["AffineProjector", "CorrectingProjector", "check_same_rows"]
 
 
 class AffineProjector(ABC):
@@ -30,6 +30,16 @@ class AffineProjector(ABC):
     @abstractmethod
     def null(self, v):
         """Project directions ``v`` (n, d) on the null space of the observed measurements."""
+
+
+class CorrectingProjector(AffineProjector):
+    """A formula, ``_correct(x, y)``, for the measurements ``_y`` and, of directions, for zero."""
+
+    def __call__(self, x):
+        return self._correct(x, self._y.to(x.dtype))
+
+    def null(self, v):
+        return self._correct(v, 0.0)
 
 
 def check_same_rows(x, y):
