@@ -71,9 +71,8 @@ def _residuals(y, observed, op):
     if m * d > _LARGEST:
         return None, f"a matrix of {m} x {d} is too large for a least-squares fit"
     with torch.no_grad():
-        matrix = op.forward(torch.eye(d, dtype=torch.float64))
+        matrix = op.linear(torch.eye(d, dtype=torch.float64)).T
         offset = op.forward(torch.zeros(1, d, dtype=torch.float64))
-    matrix = (matrix - offset).T
     found = []
     patterns, group = torch.unique(observed, dim=0, return_inverse=True)
     for k, seen in enumerate(patterns):

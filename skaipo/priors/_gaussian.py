@@ -306,9 +306,8 @@ class GaussianPrior(Prior):
             dtype=torch.float64,
         )
         y = to_numpy(y)
-        offset = op.forward(torch.zeros(1, d, dtype=torch.float64))
-        A = to_numpy(op.forward(torch.eye(d, dtype=torch.float64)) - offset).T
-        y = y - to_numpy(offset)
+        A = to_numpy(op.linear(torch.eye(d, dtype=torch.float64))).T
+        y = y - to_numpy(op.forward(torch.zeros(1, d, dtype=torch.float64)))
         if correlated:
             spread = lam * noise.covariance_
         else:
