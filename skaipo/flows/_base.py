@@ -15,7 +15,17 @@ from skaipo.flows._frozen import (
     kernels,
 )
 
-__all__ = ["Flow", "MultiscaleFlow"]
+__all__ = ["Flow", "MultiscaleFlow", "without_outliers"]
+
+
+def without_outliers(x):
+    """Samples (n, d) of a flow, but for those far outside the rest.
+
+    The few wild ones of an imperfect flow would otherwise be all of a variance, and the first of
+    the principal components. (Few: by the median a second mode would be wild, too.)
+    """
+    size = (x - x.median(0).values).norm(dim=1)
+    return x[size <= 3 * size.quantile(0.9)]
 
 
 class Flow(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from skaipo._handle import pack_module, unpack_module
 from skaipo._padding import padded
 from skaipo._validation import named_rows
-from skaipo.flows import Flow
+from skaipo.flows._base import Flow, without_outliers
 from skaipo.noise._base import Likelihood, known_gradient
 
 __all__ = ["FlowNoise"]
@@ -145,9 +145,7 @@ class FlowNoise(Likelihood):
             x = x[x.isfinite().all(1)]
             mean, variance = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
             if len(x) > 1:
-                # The few wild samples of an imperfect flow would otherwise be all of the variance.
-                size = (x - x.median(0).values).norm(dim=1)
-                x = x[size <= 3 * size.quantile(0.9)]
+                x = without_outliers(x)
                 mean, variance = x.mean(0), x.var(0)
             tiny = max(1e-9 * float(variance.mean()), torch.finfo(torch.float32).tiny)
             cache["moments"] = flow, mean, variance.clamp_min(tiny)

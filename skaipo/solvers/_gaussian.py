@@ -14,6 +14,7 @@ import torch
 from skaipo._fingerprint import fingerprint
 from skaipo._padding import padded
 from skaipo._validation import to_tensor
+from skaipo.flows._base import without_outliers
 from skaipo.operators._nonlinear import Linearisation
 
 __all__ = ["GaussianMetric", "GaussianSurrogate", "gaussian_start", "surrogate_of"]
@@ -83,10 +84,7 @@ class GaussianSurrogate:
             d = x.shape[1]
             one = torch.ones(d, dtype=x.dtype)
             return cls(0 * one, torch.eye(d, 1, dtype=x.dtype), one[:1], one, [])
-        # The few wild samples of an imperfect flow would otherwise be the first components. (Few:
-        # by the median a second mode would be wild, too.)
-        size = (x - x.median(0).values).norm(dim=1)
-        x = x[size <= 3 * size.quantile(0.9)]
+        x = without_outliers(x)
         n, d = x.shape
         is_image = len(event_shape) == 3 and d > _WHOLE
         k = d if d <= min(_WHOLE, n // 4) else min(32 if is_image else _WHOLE, n // 4)
