@@ -10,6 +10,7 @@ import torch
 
 from skaipo._padding import padded
 from skaipo._validation import to_tensor
+from skaipo.flows._base import log_normal
 
 __all__ = ["Evaluation", "MAPObjective"]
 
@@ -309,22 +310,18 @@ class MAPObjective:
     def _image_terms(self, x, rows):
         data, grad_data = self._data_terms(x, rows)
         z, log_det, pull = self._evaluator.linearize(self._nearby(x, rows) if self.smoothing else x)
-        half_norm = 0.5 * z.square().sum(1)
-        log_prob = log_det - half_norm - self._log_normaliser()
+        log_prob = log_det + log_normal(z)
         density = self.penalty == "density"
+        penalty = -log_prob if density else 0.5 * z.square().sum(1)
         (grad_prior,) = pull((z, -1.0 if density else 0.0))
-        return x, data, -log_prob if density else half_norm, log_prob, grad_data, grad_prior
+        return x, data, penalty, log_prob, grad_data, grad_prior
 
     def _latent_terms(self, z, rows):
         x, log_det, pull = self._evaluator.linearize_inverse(z)
         data, grad_x = self._data_terms(x, rows)
-        half_norm = 0.5 * z.square().sum(1)
-        log_prob = -half_norm - log_det - self._log_normaliser()
+        log_prob = log_normal(z) - log_det
         if self.penalty == "latent":
             (grad_data,) = pull((grad_x, 0.0))
-            return x, data, half_norm, log_prob, grad_data, z
+            return x, data, 0.5 * z.square().sum(1), log_prob, grad_data, z
         grad_data, grad_log_det = pull((grad_x, 0.0), (None, 1.0))
         return x, data, -log_prob, log_prob, grad_data, z + grad_log_det
-
-    def _log_normaliser(self):
-        return 0.5 * self.n_features * 1.8378770664093453  # d/2 log(2 pi)

@@ -15,7 +15,12 @@ from skaipo.flows._frozen import (
     kernels,
 )
 
-__all__ = ["Flow", "MultiscaleFlow", "without_outliers"]
+__all__ = ["Flow", "MultiscaleFlow", "log_normal", "without_outliers"]
+
+
+def log_normal(z):
+    """``log N(z; 0, I)`` of rows (n, d), in nats."""
+    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
 
 
 def without_outliers(x):
@@ -139,7 +144,7 @@ class Flow(nn.Module):
             In nats, per unit of ``x``.
         """
         z, log_det = self(x)
-        return log_det - 0.5 * (z.square().sum(1) + self.n_features * math.log(2 * math.pi))
+        return log_det + log_normal(z)
 
     def compile_for_inference(self, memory="auto"):
         """Lay the flow out for evaluation with its gradient, as long as no parameter changes.

@@ -8,7 +8,7 @@ import torch
 from skaipo._handle import pack_module, unpack_module
 from skaipo._padding import padded
 from skaipo._validation import named_rows
-from skaipo.flows._base import Flow, without_outliers
+from skaipo.flows._base import Flow, log_normal, without_outliers
 from skaipo.noise._base import Likelihood, known_gradient
 
 __all__ = ["FlowNoise"]
@@ -123,10 +123,10 @@ class FlowNoise(Likelihood):
         residual = y - prediction
         with torch.no_grad():
             z, log_det, pull = self._evaluator(y).linearize(residual.detach())
-            half_norm = 0.5 * z.square().sum(1) + 0.5 * z.shape[1] * math.log(2 * math.pi)
+            nll = -log_normal(z) - log_det
             # What the evaluator keeps is overwritten by the next call: the gradient is taken now.
             (gradient,) = pull((z, -1.0))
-        return known_gradient(residual, half_norm - log_det, gradient)
+        return known_gradient(residual, nll, gradient)
 
     def max_curvature(self):
         return math.inf

@@ -1,7 +1,6 @@
 """What all priors share: the scikit-learn side of a fitted flow."""
 
 import copy
-import math
 import numbers
 
 import numpy as np
@@ -17,6 +16,7 @@ from sklearn.utils import check_random_state
 
 from skaipo._handle import pack_module, unpack_module
 from skaipo._validation import check_batch, to_numpy
+from skaipo.flows._base import log_normal
 from skaipo.operators._base import ShortRepr
 
 __all__ = ["Packed", "Prior", "map_rows"]
@@ -180,7 +180,7 @@ class Prior(
 
         def log_prob(rows):
             z, log_det = evaluator.forward(rows)
-            return log_det - 0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+            return log_det + log_normal(z)
 
         return layout.restore(map_rows(log_prob, x))
 
