@@ -10,6 +10,7 @@ import torch
 from skaipo.operators._base import Operator
 from skaipo.operators._checks import check_adjoint, check_measures, is_linear
 from skaipo.operators._packing import Packed, packed
+from skaipo.operators._pixels import squeezed
 
 __all__ = ["TOLERANCES", "ForeignOperator", "Product"]
 
@@ -76,7 +77,7 @@ class ForeignOperator(Operator):
                 f"({math.prod(self.in_shape_)} features), but the images (the prior's) have shape "
                 f"{self.event_shape_} ({self.n_features_in_} features)."
             )
-        ours, theirs = (_squeezed(shape) for shape in (self.event_shape_, self.in_shape_))
+        ours, theirs = (squeezed(shape) for shape in (self.event_shape_, self.in_shape_))
         if ours != theirs and sorted(ours) == sorted(theirs):
             raise ValueError(
                 f"in_shape={self.in_shape_} has the axes of the images (the prior's), "
@@ -156,10 +157,6 @@ def as_shape(name, shape):
     if not shape or min(shape) < 1:
         raise ValueError(f"{name} must hold positive sizes, got {shape}.")
     return shape
-
-
-def _squeezed(shape):
-    return tuple(size for size in shape if size != 1)
 
 
 def facts_about(obj):

@@ -5,10 +5,7 @@ import io
 import pickle
 import weakref
 
-try:
-    import cloudpickle
-except ImportError:  # joblib before 1.6 brings its own
-    from joblib.externals import cloudpickle
+from skaipo._handle import cloudpickle
 
 __all__ = ["Packed", "packed"]
 

@@ -106,7 +106,7 @@ class Inpainting(PixelOperator):
         mask = as_mask(self.mask, "Inpainting")
         d, shape = self.n_features_in_, self.event_shape_
         # A flat layout on either side is unambiguous, and so are axes of length one.
-        same = mask.ndim == 1 or len(shape) == 1 or _squeezed(mask.shape) == _squeezed(shape)
+        same = mask.ndim == 1 or len(shape) == 1 or squeezed(mask.shape) == squeezed(shape)
         if mask.size != d or not same:
             raise ValueError(
                 f"Inpainting(mask) has a mask of shape {mask.shape} ({mask.size} pixels), but the "
@@ -177,5 +177,6 @@ def as_mask(mask, name):
     return mask
 
 
-def _squeezed(shape):
+def squeezed(shape):
+    """A shape without its axes of length one."""
     return tuple(size for size in shape if size != 1)
