@@ -33,6 +33,7 @@ from torch.distributions.transforms import Transform
 
 from skaipo import AIPORegressor, FlowPrior, GaussianPrior
 from skaipo._fingerprint import fingerprint
+from skaipo._handle import _PACKED
 from skaipo.flows import Flow, as_flow
 from skaipo.metrics import reconstruction_error_scorer
 from skaipo.noise import GaussianNoise
@@ -454,6 +455,7 @@ def test_pickle(kind):
     obj = make(kind)
     prior, X = ready(obj)
     data = pickle.dumps(prior)
+    assert obj not in _PACKED, "packed by itself, beside the adapter that holds it"
     other = pickle.loads(data)
     check_is_fitted(other)
     assert np.array_equal(other.score_samples(X), prior.score_samples(X), equal_nan=True)

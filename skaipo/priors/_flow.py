@@ -14,7 +14,7 @@ from skaipo._training import TrainingDivergedError, train_flow
 from skaipo._validation import check_batch, resolve_device
 from skaipo.flows import Glow, RealNVP, as_flow, build_flow
 from skaipo.flows._foreign import ForeignFlow, is_flow
-from skaipo.priors._base import Packed, Prior
+from skaipo.priors._base import Prior
 from skaipo.priors._file import read_file, unreadable, write_file
 
 __all__ = ["FlowPrior"]
@@ -225,14 +225,14 @@ class FlowPrior(Prior):
         return super().flow_
 
     def __getstate__(self):
-        state = super().__getstate__()
-        state.pop("_wrapped", None)
+        other = copy.copy(self)
+        vars(other).pop("_wrapped", None)
         if is_flow(self.flow):
             # The adapter has all of what it wraps, and has passed the checks. (One that has not
             # travels as it is.)
             with contextlib.suppress(TypeError, ValueError):
-                state["flow"] = Packed(self.flow_)
-        return state
+                other.flow = self.flow_
+        return super(FlowPrior, other).__getstate__()
 
     def __deepcopy__(self, memo):
         other = copy.copy(self)
