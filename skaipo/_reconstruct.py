@@ -1,7 +1,7 @@
 """One chunk of rows, from measurements to results: what runs in a worker."""
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -157,7 +157,7 @@ class Problem:
     tol: float
     mle_solver: str
     surrogate: object = None
-    history: bool = field(default=False)
+    history: bool = False
 
 
 def far_off(result, flow, penalty):

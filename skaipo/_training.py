@@ -10,6 +10,9 @@ from skaipo._progress import Progress
 
 __all__ = ["TrainingDivergedError", "mean_log_prob", "train_flow"]
 
+# Of the loss in nats per dimension; longer gradients are clipped.
+_MAX_GRAD_NORM = 1.0
+
 
 class TrainingDivergedError(RuntimeError):
     """The training loss became non-finite or exploded. The last good weights were kept."""
@@ -43,7 +46,6 @@ def train_flow(
     learning_rate=1e-3,
     weight_decay=0.0,
     warmup_steps=100,
-    max_grad_norm=1.0,
     ema_decay=0.99,
     n_iter_no_change=None,
     seed=0,
@@ -75,8 +77,6 @@ def train_flow(
         Peak rate.
     weight_decay : float
     warmup_steps : int
-    max_grad_norm : float
-        Clipping of the gradient of the loss, which is in nats per dimension.
     ema_decay : float in [0, 1)
         0 keeps the raw weights.
     n_iter_no_change : int, default=None
@@ -159,7 +159,7 @@ def train_flow(
                 if not math.isfinite(value) or value > initial_nll + 100.0:
                     raise diverged(f"the training loss became {value}")
                 loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), _MAX_GRAD_NORM)
                 if not math.isfinite(norm):
                     raise diverged(f"the norm of the gradient became {float(norm)}")
                 optimizer.step()

@@ -447,20 +447,16 @@ def test_every_row_takes_the_best_of_its_candidates(space):
     flow, op, y = flow_problem()
     objective = with_metric(flow, op, y, space)
     lam = torch.logspace(-2, 1, 20, dtype=torch.float64)
-    factors = (0.3, 1.0, 10.0, 100.0)
-    u = gaussian_start(objective, lam, factors)
+    u = gaussian_start(objective, lam)
     # In latent space one pass more, from the image to its latent.
-    assert objective.n_evals.tolist() == [4 + (space == "latent")] * 20
+    assert objective.n_evals.tolist() == [3 + (space == "latent")] * 20
     again = with_metric(flow, op, y)
-    candidates = [again.metric.start(f * lam) for f in factors]
+    candidates = [again.metric.start(f * lam) for f in (1.0, 3.0, 10.0)]
     values = torch.stack([again.evaluate(x).value(lam) for x in candidates])
     best = values.argmin(0)
     assert len(set(best.tolist())) > 1, "no factor is the best for all rows"
     expected = torch.stack(candidates)[best, torch.arange(20)]
     torch.testing.assert_close(objective.image(u), expected, rtol=0, atol=1e-9)
-    fresh = with_metric(flow, op, y)
-    gaussian_start(fresh, lam)
-    assert fresh.n_evals.tolist() == [3] * 20
 
 
 def test_a_candidate_that_overflows_is_not_taken(monkeypatch):

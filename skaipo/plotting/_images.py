@@ -138,13 +138,11 @@ class Mosaic:
     def __init__(self, axes, image_shape):
         self.axes = axes
         self.height = image_shape[-2] / image_shape[-1]
-        self.images = []
 
     def draw(self, picture, left, top, *args):
         """Draw one image with its upper left corner there; ``y`` points down."""
         extent = (left, left + 1, top + self.height, top)
-        self.images.append(draw_image(self.axes, picture, *args, extent=extent))
-        return self.images[-1]
+        return draw_image(self.axes, picture, *args, extent=extent)
 
     def finish(self, width, height, row_labels, column_labels=(), fontsize=9):
         """Set the limits, and label rows and columns where (position, label) says.

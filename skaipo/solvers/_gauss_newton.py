@@ -4,7 +4,7 @@ import torch
 
 from skaipo._padding import padded
 from skaipo.operators._nonlinear import Linearisation
-from skaipo.solvers._gaussian import better, conjugate_gradients, lowest
+from skaipo.solvers._gaussian import _FACTORS, better, conjugate_gradients, lowest
 from skaipo.solvers._mle import penalised
 
 __all__ = ["gauss_newton_start"]
@@ -18,7 +18,7 @@ _CG_STEPS = 30
 _LENGTHS = (1.0, 0.5, 0.2, 0.05)
 
 
-def gauss_newton_start(surrogate, objective, lam, factors=(1.0, 3.0, 10.0), max_evals=None):
+def gauss_newton_start(surrogate, objective, lam, max_evals=None):
     """Start from what the solution would be if the prior were Gaussian; see gaussian_start.
 
     Parameters
@@ -27,7 +27,6 @@ def gauss_newton_start(surrogate, objective, lam, factors=(1.0, 3.0, 10.0), max_
     objective : MAPObjective
     lam : torch.Tensor of shape (n,)
         Target.
-    factors : tuple of float
     max_evals : int, default=None
         As in :func:`gaussian_start`.
 
@@ -38,23 +37,23 @@ def gauss_newton_start(surrogate, objective, lam, factors=(1.0, 3.0, 10.0), max_
     """
     gaussian, image = surrogate.to(objective.y), objective.in_space("image")
     n = len(objective)
-    limit = _SEED_EVALS + len(factors) if max_evals is None else max_evals
+    limit = _SEED_EVALS + len(_FACTORS) if max_evals is None else max_evals
     # The last step into latent space is an evaluation as well.
     limit -= objective.space == "latent"
     starts = [one.expand(n, -1) for one in (gaussian.mean[None], *gaussian.sample(_STARTS - 1))]
     # And the flow's own idea of an image that fits. Where signs or phases are lost, none of the
     # others need lie in the right valley.
-    seed = min(_SEED_EVALS, limit - len(factors))
+    seed = min(_SEED_EVALS, limit - len(_FACTORS))
     seed = seed if seed > 1 else 0
     if seed:
         noise = None if objective.noise.is_exact_fit else objective.noise
         everyone = torch.arange(n, device=objective.y.device)
         starts.append(penalised(objective.exactly(), everyone, seed, noise).evaluation.x)
-    middle = factors[len(factors) // 2] * lam
+    middle = _FACTORS[len(_FACTORS) // 2] * lam
     x, value = _gauss_newton(gaussian, image, middle, starts[0], _STEPS)
     for start in starts[1:]:
         x, value = better(*_gauss_newton(gaussian, image, middle, start, _STEPS), x, value)
-    factors = factors[: max(1, limit - seed)]
+    factors = _FACTORS[: max(1, limit - seed)]
     refined = (_gauss_newton(gaussian, image, factor * lam, x, _STEPS)[0] for factor in factors)
     return lowest(objective, lam, refined)
 

@@ -25,6 +25,10 @@ _CACHE_SIZE = 8
 _N_SAMPLES = 1024
 # Up to this dimension the covariance is kept whole.
 _WHOLE = 256
+# The surrogate is wider than the prior around any one image: more weight than lambda often fits
+# better.
+_FACTORS = (1.0, 3.0, 10.0)
+_CG_STEPS = 32
 
 
 def _cosines(n):
@@ -190,8 +194,11 @@ def surrogate_of(flow):
     return _CACHE[key]
 
 
-def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0), max_evals=None):
+def gaussian_start(objective, lam, max_evals=None):
     """Start from what the solution would be if the prior were Gaussian.
+
+    Of some multiples of ``lam`` each row takes the one whose image has the lowest objective, at one
+    evaluation for each.
 
     Parameters
     ----------
@@ -199,12 +206,8 @@ def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0), max_evals=None):
         With a metric.
     lam : torch.Tensor of shape (n,)
         Target.
-    factors : tuple of float
-        The surrogate is wider than the prior around any one image, so that more weight than
-        ``lam`` often fits better: each row takes the factor whose image has the lowest objective,
-        at one evaluation per factor.
     max_evals : int, default=None
-        Try no more factors than that, but the first in any case.
+        Try no more multiples than that, but the first in any case.
 
     Returns
     -------
@@ -212,7 +215,7 @@ def gaussian_start(objective, lam, factors=(1.0, 3.0, 10.0), max_evals=None):
         In the objective's space.
     """
     metric = objective.in_space("image").metric
-    factors = factors if max_evals is None else factors[: max(1, max_evals)]
+    factors = _FACTORS if max_evals is None else _FACTORS[: max(1, max_evals)]
     return lowest(objective, lam, (metric.start(factor * lam) for factor in factors))
 
 
@@ -386,19 +389,14 @@ class GaussianMetric:
         """Steps (k, d) in image space from steps (k, d) in the coordinates of :meth:`whiten`."""
         return padded(self._colour, c, lam, self.group[rows])
 
-    def start(self, lam, steps=32):
+    def start(self, lam):
         """The minimiser if the prior were Gaussian, (n, d): for that noise, the Wiener filter.
 
         By conjugate gradients, preconditioned by :meth:`solve`, each row by itself.
         """
-        return padded(
-            lambda y, lam, group: self._conjugate_gradients(y, lam, group, steps),
-            self.y,
-            lam,
-            self.group,
-        )
+        return padded(self._conjugate_gradients, self.y, lam, self.group)
 
-    def _conjugate_gradients(self, y, lam, group, steps):
+    def _conjugate_gradients(self, y, lam, group):
         weight, x = self.weight[group], self.surrogate.mean.expand(len(y), -1)
         affine = self._map(group)
         misfit = torch.where(weight > 0, y - affine.forward(x), 0.0)
@@ -409,7 +407,7 @@ class GaussianMetric:
             lambda r: self._block(r, lam, group),
             x,
             affine.adjoint(weight * misfit),
-            steps,
+            _CG_STEPS,
             lambda size: torch.where(lam > 0, 0.0, eps**2 * size),
         )
 
