@@ -104,9 +104,9 @@ def aipo_path(
     op_params : array-like of shape (n_samples, ...), default=None
         What the operator takes per row (its kernel, its mask), for operators that do.
     **params
-        Of :class:`AIPORegressor`: noise, solver, space, penalty, smoothing, init, tol, batch_size,
-        n_jobs, verbose; max_evals, here 600, on the way to any one lambda; and schedule, "lattice",
-        "geometric" or an object of their kind.
+        Of :class:`AIPORegressor`: noise, solver, space, penalty, smoothing, init, mle_solver,
+        n_starts, tol, batch_size, n_jobs, random_state, verbose; max_evals, here 600, on the way to
+        any one lambda; and schedule, "lattice", "geometric" or an object of their kind.
 
     Returns
     -------
@@ -200,7 +200,7 @@ class AIPORegressorCV(Continuation, Regressor):
     prior, noise, solver, space, penalty, smoothing, schedule, max_evals, tol, batch_size, n_jobs
         As in :class:`AIPORegressor`, but for ``schedule``, "geometric" or "lattice": the path's.
         ``predict`` solves at ``lam_`` alone, as :class:`AIPORegressor` does by default.
-    random_state, verbose
+    init, mle_solver, n_starts, random_state, verbose
         As in :class:`AIPORegressor`.
 
     Attributes
