@@ -130,8 +130,9 @@ class Problem:
     prior, op, noise
         Fitted prior, bound operator and noise model.
     method : Method
-    schedule : LinearSchedule, GeometricSchedule or None
-        None: fixed lambda.
+    schedule : schedule object or None
+        Of those in :mod:`skaipo.solvers`: direct, linear, geometric, lattice, adaptive or theory,
+        or one of their kind. None: fixed lambda.
     space, penalty : str
     lams : tuple of float
         Targets, ascending.
@@ -239,8 +240,9 @@ def solve_chunk(problem, y, starts, params=None):
     ----------
     problem : Problem
     y : torch.Tensor of shape (n, m)
-    starts : list of "mle", "zero" or torch.Tensor of shape (n, d)
-        A tensor holds latents. Several starts share the budget, and the best result is kept.
+    starts : list of "gaussian", "mle", "zero" or torch.Tensor of shape (n, d)
+        A tensor holds latents; "gaussian" needs the problem's surrogate. Several starts share
+        the budget, and the best result is kept.
     params : torch.Tensor of shape (n, ...), default=None
         What the operator takes per row.
 

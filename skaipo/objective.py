@@ -163,7 +163,10 @@ class MAPObjective:
     Attributes
     ----------
     n_evals : torch.Tensor of shape (n,)
-        Flow evaluations so far: passes through the flow with a gradient.
+        Flow evaluations so far: passes through the flow with a gradient, and two kinds without:
+        from an image to the latent where a search in latent space begins (:meth:`variable`), and
+        from the latent to the image where one in image space begins, at zero or at random (counted
+        by who chooses the start). :meth:`image` and :meth:`centre` by themselves do not count.
     observed : torch.Tensor of shape (n, m), bool
         Which measurements exist.
     """
