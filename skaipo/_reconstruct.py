@@ -227,9 +227,10 @@ def unfinished(result, max_evals, tol, smoothing):
     elif counts["budget"] + counts["stalled"]:
         yield (
             f"{counts['budget'] + counts['stalled']} of {n} rows stopped before they converged "
-            f"({counts['budget']} at max_evals={max_evals}, {counts['stalled']} stalled). "
-            f"Raise max_evals, or, where that changes little, tol={tol:g}: a row that has "
-            f"stalled gets no further. See reconstruct(Y).status."
+            f"({counts['budget']} ran out of evaluations with max_evals={max_evals}, "
+            f"{counts['stalled']} stalled). Raise max_evals, or, where that changes "
+            f"little, tol={tol:g}: a row that has stalled gets no further. See "
+            f"reconstruct(Y).status."
         )
 
 

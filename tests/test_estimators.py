@@ -283,7 +283,7 @@ def test_rows_that_run_out_of_budget_are_counted_in_a_warning():
         OPERATORS["compressed"], prior=prior, solver="adam", schedule="linear", max_evals=12
     )
     Y = measure(OPERATORS["compressed"], prior)
-    with pytest.warns(ConvergenceWarning, match=r"5 of 5 rows stopped .* at max_evals=12"):
+    with pytest.warns(ConvergenceWarning, match=r"5 of 5 rows stopped .* with max_evals=12"):
         model.predict(Y)
 
 
