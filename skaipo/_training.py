@@ -95,7 +95,8 @@ def train_flow(
     Raises
     ------
     TrainingDivergedError
-        On a non-finite or exploding loss. The flow then holds the best weights seen so far.
+        On a non-finite or exploding loss. The flow then holds the best weights seen so far, without
+        validation those after the last whole epoch.
     """
     generator = torch.Generator().manual_seed(seed)
     n, d = len(x_train), flow.n_features
@@ -130,9 +131,12 @@ def train_flow(
 
     def diverged(what):
         finish()
+        kept = "The weights after the last whole epoch are kept"
+        if x_val is not None:
+            kept = "The best weights so far are kept "
+            kept += f"(validation NLL {best_nll:.4g} nats per dimension)"
         return TrainingDivergedError(
-            f"Training stopped in epoch {len(history) + 1}: {what}. The best weights so far are "
-            f"kept (validation NLL {best_nll:.4g} nats per dimension). Lower learning_rate "
+            f"Training stopped in epoch {len(history) + 1}: {what}. {kept}. Lower learning_rate "
             f"(now {learning_rate:g}), or look for outliers and constant values in the data."
         )
 

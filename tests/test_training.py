@@ -229,8 +229,9 @@ def test_absurd_learning_rate_is_reported_and_leaves_finite_weights(flow, early_
     prior = FlowPrior(
         flow, **SMALL | dict(learning_rate=1e6, max_epochs=50, early_stopping=early_stopping)
     )
-    with pytest.raises(TrainingDivergedError, match="Lower learning_rate .now 1e\\+06"):
+    with pytest.raises(TrainingDivergedError, match="Lower learning_rate .now 1e\\+06") as told:
         prior.fit(X)
+    assert ("validation NLL" in str(told.value)) == early_stopping
     assert is_finite(prior.flow_) and not prior.flow_.training
     # No worse than a normal of the whole data's mean and one standard deviation, about.
     baseline = -2 * (math.log(X.std()) + 0.5 * math.log(2 * math.pi) + 0.5)
