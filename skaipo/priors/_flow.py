@@ -376,17 +376,23 @@ class FlowPrior(Prior):
     def _check_params(self, n_samples):
         if n_samples < 2:
             raise ValueError("FlowPrior needs at least 2 samples to train on, got n_samples=1.")
-        for name in ("max_epochs", "batch_size", "n_steps", "hidden_channels"):
+        whole = ("max_epochs", "batch_size", "n_steps", "hidden_channels", "n_iter_no_change")
+        for name in whole:
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
         for name, low, high in (
             ("learning_rate", 0, math.inf),
             ("validation_fraction", 0, 1),
+            ("bound", 0, math.inf),
         ):
             value = getattr(self, name)
             if not isinstance(value, numbers.Real) or not low < value < high:
                 raise ValueError(f"{name} must lie in ({low}, {high}), got {value!r}.")
+        for name, high in (("dropout", 1), ("ema_decay", 1), ("weight_decay", math.inf)):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not 0 <= value < high:
+                raise ValueError(f"{name} must lie in [0, {high}), got {value!r}.")
         minutes = self.max_minutes
         if minutes is not None and not (isinstance(minutes, numbers.Real) and minutes > 0):
             raise ValueError(f"max_minutes must be None or a number above 0, got {minutes!r}.")
