@@ -765,6 +765,8 @@ def test_masks_are_optional_and_kernels_are_not():
             op(X)
         with pytest.raises(ValueError, match="use the operator that given"):
             op.bind(SHAPE).forward(randn(2, D))
+        with pytest.raises(ValueError, match="use the operator that given"):
+            op.bind(SHAPE).norm()
     for op in (Denoising(), Inpainting(PIXELS), Blur(KERNEL), Compose(Blur(KERNEL), Denoising())):
         with pytest.raises(TypeError, match="takes no parameters for each row"):
             op(X, params=X)

@@ -380,14 +380,9 @@ class Operator(RowParameters, ShortRepr, BaseEstimator, ABC):
 
     def _check(self, rows, size="n_features_in_", what="images"):
         """Refuse an unbound operator, and anything but flat rows of the right size."""
-        self._check_bound()
+        self._check_ready()
         name, size = type(self).__name__, getattr(self, size)
         n = self.__dict__.get("_n_given")
-        if n is None and self.needs_params:
-            raise ValueError(
-                f"This {name} needs parameters for each row, {self._wanted_params()}: use the "
-                "operator that given(params) returns."
-            )
         if rows.ndim != 2 or rows.shape[1] != size:
             raise ValueError(
                 f"{name} expects flat {what} of shape (n, {size}), got {tuple(rows.shape)}."

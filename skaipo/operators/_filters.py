@@ -218,6 +218,7 @@ class _Filter(Operator):
         return SplitProjector(self, y, observed, whole)
 
     def norm(self):
+        self._check_ready()
         if self._padding is None:
             gain = self._gain(torch.zeros((), dtype=torch.float64))
             norms = gain.flatten(1).amax(1).sqrt()

@@ -138,6 +138,15 @@ class RowParameters:
                 "bind(event_shape) and use the operator that it returns."
             )
 
+    def _check_ready(self):
+        """Refuse an operator that is not bound, or has not got the parameters that it needs."""
+        self._check_bound()
+        if self.needs_params and "_n_given" not in self.__dict__:
+            raise ValueError(
+                f"This {type(self).__name__} needs parameters for each row, "
+                f"{self._wanted_params()}: use the operator that given(params) returns."
+            )
+
 
 class OneRow:
     """The operator that one row has, for any number of images."""

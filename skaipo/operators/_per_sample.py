@@ -82,6 +82,7 @@ class PerSampleMatrix(Operator):
         return _RowsProjector(self, y, self._observed(y, observed))
 
     def norm(self):
+        self._check_ready()
         return torch.linalg.matrix_norm(self._matrices.to("cpu", torch.float64), 2)
 
 
