@@ -957,8 +957,12 @@ def test_fit_after_set_params_uses_the_new_moments(correlated):
     prior.score_samples(correlated)
     prior.set_params(mean=np.ones(5), covariance=2 * np.eye(5)).fit(correlated)
     np.testing.assert_allclose(prior.mean_, 1)
-    prior.set_params(mean=None, covariance=None).fit(correlated)
-    np.testing.assert_allclose(prior.mean_, correlated.mean(0))
+    prior.set_params(mean=None, covariance=None)
+    with pytest.raises(NotFittedError):
+        check_is_fitted(prior)
+    with pytest.raises(NotFittedError):
+        prior.score_samples(correlated)
+    np.testing.assert_allclose(prior.fit(correlated).mean_, correlated.mean(0))
 
 
 # ---------------------------------------------------------------------------------- bad moments

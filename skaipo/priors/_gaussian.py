@@ -89,7 +89,9 @@ class GaussianPrior(Prior):
     @property
     def flow_(self):
         """Flow : the linear flow of this distribution, in float64."""
-        if self._given and not self._current():
+        if not self._given:
+            return super().flow_
+        if not self._current():
             mean = np.asarray(self.mean, dtype=np.float64)
             covariance = np.asarray(self.covariance, dtype=np.float64)
             if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
@@ -108,9 +110,9 @@ class GaussianPrior(Prior):
                 )
             # (Born in inference mode it could never take part in autograd later.)
             with torch.inference_mode(False):
-                self._fitted_flow = self._build(mean, covariance, shape)
+                self._given_flow = self._build(mean, covariance, shape)
             self._built_from = (self.mean, self.covariance, self.event_shape)
-        return super().flow_
+        return self._given_flow
 
     def _current(self):
         """Whether the flow was built from the parameters as they are now."""
