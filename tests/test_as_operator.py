@@ -442,7 +442,10 @@ def test_an_adjoint_that_is_slightly_wrong():
     [
         (None, "NoneType"),
         ("blur", "str"),
-        ([[1.0]], "list"),
+        ([1.0], "list"),
+        ([[1.0], [2.0, 3.0]], "list"),
+        ([["1.0"]], "list"),
+        ([[Denoising()]], "list"),
         (nn.Tanh, r"the class Tanh; did you mean Tanh\(...\)"),
         (GaussianPrior(), "GaussianPrior"),
     ],
@@ -450,6 +453,17 @@ def test_an_adjoint_that_is_slightly_wrong():
 def test_what_cannot_measure(obj, what):
     with pytest.raises(TypeError, match=f"LinearOperator or PyLops.*deepinv Physics.*got {what}"):
         as_operator(obj)
+
+
+def test_nested_lists_are_a_matrix():
+    A = [[1.0, 2.0, 3.0], [0.0, 1.0, 1.0]]
+    x = np.array([[1.0, 0.0, -1.0]])
+    for given in (A, tuple(map(tuple, A))):
+        np.testing.assert_array_equal(as_operator(given)(x), x @ np.transpose(A))
+    prior = GaussianPrior(np.zeros(3), np.eye(3))
+    noise = GaussianNoise(0.5)
+    model, same = (AIPORegressor(op, prior=prior, noise=noise) for op in (A, np.array(A)))
+    np.testing.assert_array_equal(clone(model).predict([[1.0, 2.0]]), same.predict([[1.0, 2.0]]))
 
 
 def test_wrong_shapes():

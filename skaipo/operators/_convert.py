@@ -1,5 +1,7 @@
 """What users pass as ``op``, made an operator."""
 
+import contextlib
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -20,7 +22,7 @@ def as_operator(obj, in_shape=None, out_shape=None):
     ----------
     obj : object
         - an ``Operator``, which is returned as it is;
-        - a matrix of shape (m, d): numpy array, scipy sparse array, torch tensor;
+        - a matrix of shape (m, d): numpy array, nested lists, scipy sparse array, torch tensor;
         - ``scipy.sparse.linalg.LinearOperator``, a PyLops operator, or anything with ``shape``,
           ``matvec`` and ``rmatvec``: numpy on the CPU;
         - a deepinv ``Physics``: its ``A`` is used, and ``A_adjoint`` if it has one. The sigma of
@@ -61,6 +63,7 @@ def as_operator(obj, in_shape=None, out_shape=None):
     tensor([[1., 0., 0.]])
     """
     refuse_numpy("op", obj)
+    obj = _as_matrix(obj) if isinstance(obj, list | tuple) else obj
     is_array = isinstance(obj, np.ndarray | torch.Tensor) or sp.issparse(obj)
     made = None
     if isinstance(obj, Operator) or (is_array and obj.ndim == 2):
@@ -82,10 +85,21 @@ def as_operator(obj, in_shape=None, out_shape=None):
         what = f"the class {obj.__name__}; did you mean {obj.__name__}(...)"
     raise TypeError(
         "op must be an operator (Denoising(), CompressedSensing(m), Inpainting(mask), "
-        "MatrixOperator(A)); a matrix of shape (m, d) as a numpy array, scipy sparse array or "
-        "torch tensor; a scipy LinearOperator or PyLops operator; a deepinv Physics; or a torch "
-        f"function, module or object with forward, of batches (n, *shape); got {what}."
+        "MatrixOperator(A)); a matrix of shape (m, d) as a numpy array, nested lists, scipy "
+        "sparse array or torch tensor; a scipy LinearOperator or PyLops operator; a deepinv "
+        "Physics; or a torch function, module or object with forward, of batches (n, *shape); got "
+        f"{what}."
     )
+
+
+def _as_matrix(rows):
+    """Nested lists of numbers as an array (m, d); anything else as it is."""
+    # (Ragged lists, and lists of tensors with a gradient, are none.)
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        array = np.asarray(rows)
+        if array.ndim == 2 and array.dtype.kind in "biufc":
+            return array
+    return rows
 
 
 def is_foreign(obj):
