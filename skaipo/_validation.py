@@ -205,8 +205,8 @@ def check_batch(
     if (x.isinf() & finite.to(x.device)).any():
         raise ValueError(
             f"{name} has values beyond {torch.finfo(x.dtype).max:.3g}, the largest number in "
-            f"{str(x.dtype).removeprefix('torch.')}, in which the prior computes. Rescale them, "
-            f"or set them to NaN where they are not measurements."
+            f"{str(x.dtype).removeprefix('torch.')}, in which the prior computes. Pass them in "
+            f"other units{', or as NaN where nothing was measured' if allow_nan else ''}."
         )
     return x, layout, tuple(shape)
 

@@ -713,7 +713,7 @@ def test_as_operator():
         (torch.ones(2, 3, 4), r"Tensor of shape (2, 3, 4)"),
         (object(), "object"),
         (Denoising, "the class Denoising; did you mean Denoising(...)"),
-        ([[1.0]], "list"),
+        ([1.0], "list"),
     ],
 )
 def test_as_operator_errors(op, what):

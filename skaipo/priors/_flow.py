@@ -302,8 +302,6 @@ class FlowPrior(Prior):
         level = self._level(x)
         device = resolve_device(self.device)
         variance = float(x.double().var(correction=0)) + level**2 / 12
-        if not math.isfinite(variance):
-            raise ValueError("X has values beyond the range of float32; pass it in other units.")
         if variance == 0:
             raise ValueError(
                 "All values of X are equal: its density is degenerate. Pass data that varies, or "
