@@ -290,10 +290,7 @@ class FrozenEvaluator:
             for chunk in later:
                 rows = slice(start, start := start + len(chunk))
                 chosen = [(None if v is None else v[rows], c) for v, c in cotangents]
-                space = self._borrow(True)
-                self._map(chunk, inverse, space)
-                gradients.append(self._pull(chosen, inverse, space, len(chunk)))
-                self._give_back(space)
+                gradients.append(self._pull_anew(chunk, inverse, chosen))
             return [torch.cat(parts) for parts in zip(*gradients, strict=True)]
 
         return value, torch.cat(log_dets), pull
@@ -324,13 +321,18 @@ class FrozenEvaluator:
         near = (back - u).abs().amax(1) <= self._drift * (1.0 if inverse else self._scale)
         astray = ~near & u.isfinite().all(1) & value.isfinite().all(1)
         for rows in astray.nonzero()[:, 0].split(16) if astray.any() else ():
-            space = self._borrow(True)
-            self._map(u[rows], inverse, space)
             chosen = [(None if v is None else v[rows], c) for v, c in cotangents]
-            parts = self._pull(chosen, inverse, space, len(rows))
+            parts = self._pull_anew(u[rows], inverse, chosen)
             for whole, part in zip(gradients, parts, strict=True):
                 whole[rows] = part
-            self._give_back(space)
+        return gradients
+
+    def _pull_anew(self, u, inverse, cotangents):
+        """Gradients with activations that are computed, and kept, for them alone."""
+        space = self._borrow(True)
+        self._map(u, inverse, space)
+        gradients = self._pull(cotangents, inverse, space, len(u))
+        self._give_back(space)
         return gradients
 
     # Programs, and how batches get in and out of them.
