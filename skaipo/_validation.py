@@ -13,6 +13,7 @@ __all__ = [
     "as_bytes",
     "check_batch",
     "check_lam",
+    "check_range",
     "checksum",
     "reject_empty_rows",
     "resolve_device",
@@ -293,3 +294,13 @@ def check_lam(lam):
     if not (math.isfinite(lam) and lam >= 0):
         raise ValueError(f"lam must be finite and >= 0 (0 is the MLE), got {lam!r}.")
     return float(lam)
+
+
+def check_range(lam, dtype):
+    """Raise a ValueError where products of ``lam`` with an objective may overflow."""
+    largest = torch.finfo(dtype).max ** 0.5
+    if lam > largest:
+        raise ValueError(
+            f"lam must be at most {largest:.3g} where the prior computes in "
+            f"{str(dtype).removeprefix('torch.')}, got {lam:g}."
+        )

@@ -18,6 +18,7 @@ from skaipo._reconstruct import Problem, Reconstruction, far_off, solve_chunk, u
 from skaipo._validation import (
     check_batch,
     check_lam,
+    check_range,
     masked,
     reject_empty_rows,
     to_numpy,
@@ -429,12 +430,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         self._check_params()
         prior = self._ready_prior()
         flow = prior.flow_
-        # Its products with an objective must not overflow either.
-        if max(lams) > torch.finfo(flow.loc.dtype).max ** 0.5:
-            raise ValueError(
-                f"lam must be at most {torch.finfo(flow.loc.dtype).max ** 0.5:.3g} where the prior "
-                f"computes in {str(flow.loc.dtype).removeprefix('torch.')}, got {max(lams):g}."
-            )
+        check_range(max(lams), flow.loc.dtype)
         op, noise = self._bind(prior)
         y, layout, _ = self._measurements(Y, op, flow=flow, mask=mask)
         y = y.clone() if y.is_inference() else y
