@@ -6,10 +6,10 @@ Lambda weighs what was measured against what is probable:
 
 .. math:: x^*(\\lambda) = \\arg\\min_x \\; \\mathrm{nll}(y, f(x)) - \\lambda \\log p_G(x)
 
-:func:`~skaipo.aipo_path` returns the reconstructions along a whole grid of lambdas. It starts in
-the middle and goes to both ends, each solve from where the one before it ended, so that a path
-costs far less than as many single solves. Here it shows what lambda does, and how it can be chosen
-without knowing the truth.
+:func:`~skaipo.aipo_path` returns the reconstructions along a whole grid of lambdas. It starts at
+1, the Bayesian one, and goes to both ends, each solve from where the one before it ended, so that a
+path costs far less than as many single solves. Here it shows what lambda does, and how it can be
+chosen without knowing the truth.
 """
 
 # %%

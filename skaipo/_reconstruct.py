@@ -422,11 +422,15 @@ def _solutions(problem, objective, start, history):
     fallback = None
     if isinstance(start, str) and start != "zero":
         fallback = objective.centre() if objective.space == "image" else z0
+    low = (lambda lam: u0) if mle else None
     if isinstance(start, str) and start == "gaussian":
         # Where a path has a trunk the start is that of the trunk, whatever the targets.
         target = torch.full_like(y[:, 0], _first(problem, objective, lams))
         if objective.op.is_linear:
             u0 = gaussian_start(objective, target, max_evals=max_evals // 3)
+
+            def low(lam):
+                return gaussian_start(objective, torch.full_like(target, lam))
         else:
             u0 = gauss_newton_start(problem.surrogate, objective, target, max_evals=max_evals // 3)
     elif not mle:
@@ -448,7 +452,7 @@ def _solutions(problem, objective, start, history):
     options["fallback"] = fallback
     if hasattr(problem.schedule, "lattice"):
         for position, solution, n_evals, so_far in lattice_path(
-            objective, u0, lams, problem.method, problem.schedule, **options
+            objective, u0, lams, problem.method, problem.schedule, low=low, **options
         ):
             yield lams[position], solution, n_evals, aside + int(so_far.sum())
         return

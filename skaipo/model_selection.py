@@ -21,7 +21,7 @@ from skaipo.metrics import (
     reconstruction_error,
     reconstruction_error_scorer,
 )
-from skaipo.solvers import DirectSchedule
+from skaipo.solvers import DirectSchedule, lam_range
 
 __all__ = ["AIPORegressorCV", "aipo_path"]
 
@@ -29,14 +29,15 @@ __all__ = ["AIPORegressorCV", "aipo_path"]
 def _grid(lams, eps, estimator):
     """Ascending lambdas, from a number of them or as given."""
     if isinstance(lams, numbers.Integral) and not isinstance(lams, bool):
-        if lams < 1 or not 0 < eps < 1:
+        if lams < 1 or not (eps is None or 0 < eps < 1):
             raise ValueError(
                 f"lams must be at least 1 and eps lie in (0, 1), got lams={lams!r}, eps={eps!r}."
             )
         prior = estimator._ready_prior()
         prior.flow_.compile_for_inference()  # notices weights that have changed
         _, noise = estimator._bind(prior)
-        top = noise.typical_curvature() * prior.flow_.data_scale() ** 2
+        parts = lam_range(noise, prior.flow_)
+        top, eps = parts["top"], 1 / parts["span"] if eps is None else eps
         return np.geomspace(eps * top, top, int(lams)) if lams > 1 else np.array([top])
     grid = np.array([check_lam(lam) for lam in np.asarray(lams).ravel().tolist()])
     if len(grid) == 0:
@@ -68,7 +69,7 @@ def aipo_path(
     prior,
     *,
     lams=20,
-    eps=1e-3,
+    eps=None,
     return_details=False,
     mask=None,
     op_params=None,
@@ -78,7 +79,7 @@ def aipo_path(
 
     It starts from the middle of a fixed lattice of lambdas and goes to both ends of the grid; what
     lies between two values of the lattice branches off. Every point of the path equals
-    ``AIPORegressor(op, lam, schedule="lattice", max_evals=600, **params)`` at that lambda, whatever
+    ``AIPORegressor(op, lam, schedule="lattice", max_evals=850, **params)`` at that lambda, whatever
     the other values of the grid. The default grid, which is the lattice, takes less than three
     times the evaluations of one solve by default; another grid of twenty values up to four and a
     half times. Each has a shorter way than a single solve: ``docs/solvers.md`` tells how close they
@@ -92,11 +93,11 @@ def aipo_path(
     prior : FlowPrior or GaussianPrior
         Fitted.
     lams : int or array-like, default=20
-        The grid, or its size. A size gives equal ratios up to the lambda at which prior and data
-        weigh about the same, the curvature of the noise's negative log-likelihood times the
-        variance of the data.
-    eps : float, default=1e-3
-        Length of that grid, ``lam_min / lam_max``.
+        The grid, or its size. A size gives equal ratios up to 1, the Bayesian lambda; without a
+        noise model, which leaves the scale open, up to the lambda at which prior and data weigh
+        about the same, the curvature of the squared error times the variance of the data.
+    eps : float, default=None
+        Length of that grid, ``lam_min / lam_max``. None: 0.01, and 0.001 without a noise model.
     return_details : bool, default=False
         Return the :class:`~skaipo.Reconstruction` of each lambda and the evaluations as well.
     mask : array-like of bool of the shape of Y, default=None
@@ -105,7 +106,7 @@ def aipo_path(
         What the operator takes per row (its kernel, its mask), for operators that do.
     **params
         Of :class:`AIPORegressor`: noise, solver, space, penalty, smoothing, init, mle_solver,
-        n_starts, tol, batch_size, n_jobs, random_state, verbose; max_evals, here 600, on the way to
+        n_starts, tol, batch_size, n_jobs, random_state, verbose; max_evals, here 850, on the way to
         any one lambda; and schedule, "lattice", "geometric" or an object of their kind.
 
     Returns
@@ -130,7 +131,7 @@ def aipo_path(
     (2, 3, 2)
     """
     params.setdefault("schedule", "lattice")
-    params.setdefault("max_evals", 600)
+    params.setdefault("max_evals", 850)
     if "lam" in params:
         # (AIPORegressor takes one, and nothing here would look at it.)
         raise TypeError(
@@ -180,7 +181,7 @@ class AIPORegressorCV(Continuation, Regressor):
     A point of the path equals the single solve at that lambda, so that the choice is the one that
     ``GridSearchCV`` makes over ``AIPORegressor(schedule="geometric")``, at a fraction of its
     evaluations. For flows of images, where such short ways end far from the minimum, prefer
-    ``schedule="lattice"`` with ``max_evals=600``. Where the prior is fitted beforehand nothing is
+    ``schedule="lattice"`` with ``max_evals=850``. Where the prior is fitted beforehand nothing is
     learnt in the folds: each row is solved for once, however many folds test it.
 
     Parameters
@@ -189,8 +190,8 @@ class AIPORegressorCV(Continuation, Regressor):
         Forward operator.
     lams : int or array-like, default=20
         The grid, or its size; see :func:`aipo_path`.
-    eps : float, default=1e-3
-        ``lam_min / lam_max`` of a grid given by its size.
+    eps : float, default=None
+        ``lam_min / lam_max`` of a grid given by its size; see :func:`aipo_path`.
     cv : int, splitter or iterable, default=None
         As in ``GridSearchCV``; None is 5 folds. Where rows belong together (several measurements
         of one object), pass the splits, ``list(GroupKFold(5).split(Y, X, groups))``.
@@ -240,7 +241,7 @@ class AIPORegressorCV(Continuation, Regressor):
         op=None,
         *,
         lams=20,
-        eps=1e-3,
+        eps=None,
         cv=None,
         scoring=None,
         prior=None,

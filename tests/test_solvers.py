@@ -20,9 +20,10 @@ from problems import (
 )
 from scipy.optimize import minimize as scipy_minimize
 from sklearn.base import clone
+from test_theory import TwoModes
 
 from skaipo.flows import Glow, RealNVP
-from skaipo.noise import GaussianNoise, NoiseModel
+from skaipo.noise import GaussianNoise, NoiseModel, SquaredError
 from skaipo.objective import MAPObjective
 from skaipo.operators import CompressedSensing, Denoising, Inpainting
 from skaipo.solvers import (
@@ -1027,20 +1028,74 @@ def test_geometric_trunk_does_not_depend_on_the_target():
 
 def test_the_lattice_does_not_depend_on_the_target():
     objective = flow_problem(n=2)
-    anchor = objective.flow.data_scale() ** 2 / SIGMA**2
-    lams, middle = LatticeSchedule(n_stages=7, span=1e3, middle=0.12).lattice(objective, 300)
-    np.testing.assert_allclose(lams, anchor * 10 ** np.linspace(-3, 0, 7))
-    assert lams[middle] == pytest.approx(0.1 * anchor)
+    schedule = LatticeSchedule(n_stages=7, top=30.0, span=1e3, middle=0.12)
+    lams, middle = schedule.lattice(objective, 300)
+    # As many above.
+    np.testing.assert_allclose(lams, 30 * 10 ** np.linspace(-3, 3, 13))
+    assert lams[middle] == pytest.approx(3.0)
+    # Nats have a scale, that of Bayes.
+    lams, middle = LatticeSchedule().lattice(objective, 300)
+    np.testing.assert_allclose(lams[:20], np.geomspace(0.01, 1, 20))
+    assert middle == 19
+    # The squared error has none but that of the data.
+    objective.noise = SquaredError().bind(len(objective.y[0]))
+    lams, middle = LatticeSchedule().lattice(objective, 300)
+    top = 2 * objective.flow.data_scale() ** 2
+    np.testing.assert_allclose(lams[:20], top * np.geomspace(1e-3, 1, 20))
+    assert lams[middle] == pytest.approx(0.1 * top, rel=0.2)
     # A stage of less than a dozen evaluations is none.
-    assert len(LatticeSchedule().lattice(objective, 60)[0]) == 5
-    for wrong in (dict(n_stages=1), dict(span=1.0), dict(middle=0), dict(share=1.0)):
-        with pytest.raises(ValueError, match=r"needs n_stages >= 2, span > 1.*got LatticeSched"):
+    assert len(LatticeSchedule().lattice(objective, 60)[0]) == 9
+    for wrong in (dict(n_stages=1), dict(top=0.0), dict(span=1.0), dict(middle=0), dict(share=1.0)):
+        with pytest.raises(ValueError, match=r"needs n_stages >= 2, top > 0.*got LatticeSched"):
             LatticeSchedule(**wrong).lattice(objective, 300)
+
+
+@pytest.mark.parametrize("n, middle", [(20, 19), (20, 13), (6, 2), (3, 0), (3, 1)])
+def test_a_lattice_spends_its_budget_and_no_more(n, middle):
+    left = torch.tensor([0, 7, 100, 600, 897])
+    budgets = LatticeSchedule(n_stages=n).budgets(middle, 900, left)
+    assert len(budgets) == 2 * n - 1 and all((stage >= 1).all() for stage in budgets)
+    # What is left is for the low valley and a branch.
+    core = sum(budgets[:n])
+    assert (core[3:] <= left[3:]).all() and (core[3:] >= (1 - 2 / n) * left[3:]).all()
+    for k in range(2 * n - 1):
+        nearer = k + 1 if k < middle else k - 1
+        if nearer != middle != k:
+            assert (budgets[k] <= budgets[nearer]).all()
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_the_way_down_finds_the_other_valley(low):
+    """Between two modes: the way comes from the one, and the measurement is nearer to the other."""
+    y, lams = (
+        torch.linspace(-0.35, -0.15, 6, dtype=torch.float64)[:, None],
+        np.geomspace(0.01, 1, 20),
+    )
+    objective = make_objective(TwoModes(), Denoising(), GaussianNoise(1.0), y, "image")
+    x = torch.linspace(-4, 4, 16001, dtype=torch.float64)[:, None]
+    density = objective.flow.log_prob(x)
+    values = [0.5 * (y - x.T) ** 2 - lam * density for lam in lams]
+    best = [x[value.argmin(1)] for value in values]
+    start, wrong = torch.full_like(y, 2.0), 0
+    for position, solution, n_evals, _ in lattice_path(
+        objective,
+        start,
+        lams.tolist(),
+        LBFGS(),
+        LatticeSchedule(),
+        max_evals=900,
+        low=(lambda lam: y.clone()) if low else None,
+    ):
+        assert (n_evals <= 900).all()
+        if position <= LatticeSchedule().low(19, 900):
+            wrong += int(((solution.u - best[position]).abs() > 0.05).sum())
+    assert wrong == 0 if low else wrong > 0
 
 
 @pytest.mark.parametrize("name, space", EACH)
 def test_a_lattice_is_its_single_solves_and_costs_one_way_down_and_one_up(name, space):
-    schedule, options = LatticeSchedule(n_stages=6), dict(max_evals=72, tol=1e-12)
+    schedule = LatticeSchedule(n_stages=6, top=30.0, span=1e3, middle=0.3)
+    options = dict(max_evals=120, tol=1e-12)
 
     def begin():
         objective = flow_problem(RealNVP, space, n=5)
@@ -1048,37 +1103,36 @@ def test_a_lattice_is_its_single_solves_and_costs_one_way_down_and_one_up(name, 
         return objective, objective.variable(x0), start_of(objective)
 
     objective, u, fallback = begin()
-    options["fallback"] = fallback
-    lams, middle = schedule.lattice(objective, 72)
-    assert 0 < middle < 5
-    # All of the lattice, one between, and one beyond each end.
-    targets = [lams[0] / 9, *lams[:2], (lams[1] * lams[2]) ** 0.5, *lams[2:], 7 * lams[-1]]
+    options.update(fallback=fallback, low=lambda lam: u)
+    lams, middle = schedule.lattice(objective, 120)
+    assert schedule.low(middle, 120) < middle < 5
+    lams = lams[:7]
+    # All of the lattice to one above its top, one between, and one beyond each end.
+    targets = [lams[0] / 9, *lams[:2], (lams[1] * lams[2]) ** 0.5, *lams[2:], 2000 * lams[-1]]
     solved, order, before = {}, [], None
     for position, solution, n_evals, so_far in lattice_path(
         objective, u, targets, METHODS[name](), schedule, **options
     ):
         order.append(targets[position])
         solved[targets[position]] = n_evals, so_far
-        single, u_single, _ = begin()
-        alone = continuation(
-            single, u_single, targets[position], METHODS[name](), schedule, **options
-        )
-        assert torch.equal(solution.u, alone.u) and torch.equal(solution.status, alone.status)
-        assert torch.equal(n_evals, single.n_evals) and (n_evals <= 72).all()
+        assert (n_evals <= 120).all()
+        if position in (0, 2, 3, 6, 9):
+            single, u_single, _ = begin()
+            alone = continuation(
+                single, u_single, targets[position], METHODS[name](), schedule, **options
+            )
+            assert torch.equal(solution.u, alone.u) and torch.equal(solution.status, alone.status)
+            assert torch.equal(n_evals, single.n_evals)
         assert before is None or (so_far >= before).all()
         before = so_far
     assert sorted(order) == targets and order[0] == lams[middle]
-    # The stages of the lattice are counted once, and the three branches.
-    down, up, start = solved[lams[0]][0], solved[lams[-1]][0], solved[lams[middle]][0]
+    # The stages of the lattice are counted once, and the branches.
+    down, up, start = solved[lams[0]][0], solved[targets[-1]][0], solved[lams[middle]][0]
     branches = sum(
         solved[lam][0] - solved[parent][0]
-        for lam, parent in (
-            (targets[0], lams[0]),
-            (targets[3], lams[2] if middle >= 2 else lams[1]),
-            (targets[-1], lams[-1]),
-        )
+        for lam, parent in ((targets[0], lams[0]), (targets[3], lams[2]))
     )
-    assert torch.equal(before, down + up - start + branches)
+    assert middle > 2 and torch.equal(before, down + up - start + branches)
 
 
 def test_a_new_stage_keeps_the_curvature_and_forgets_the_moments():
@@ -1095,6 +1149,8 @@ def test_a_new_stage_keeps_the_curvature_and_forgets_the_moments():
                 assert (value == 0).all()
             elif name in ("pace", "powers"):
                 assert (value == 1).all()
+            elif name == "warm":
+                assert ((value > 0) & (value < before[key])).all()
             else:
                 assert torch.equal(value, before[key])
         assert "pace" not in before or before["pace"][0] < before["pace"][1]

@@ -37,6 +37,8 @@ class NoiseModel(ShortRepr, BaseEstimator, ABC):
     ----------
     is_exact_fit : bool
         Class attribute, True when ``nll`` is least exactly where ``f(x) = y``.
+    is_likelihood : bool
+        Class attribute, True when ``nll`` is in nats, so that ``lam=1`` is the Bayesian one.
     is_estimated : bool
         True when a parameter is left to :meth:`estimate`, which the estimators' ``fit(Y)`` calls.
     n_measurements_ : int
@@ -44,6 +46,7 @@ class NoiseModel(ShortRepr, BaseEstimator, ABC):
     """
 
     is_exact_fit = True
+    is_likelihood = True
     is_estimated = False
 
     def bind(self, n_measurements):
@@ -376,6 +379,8 @@ class Likelihood(NoiseModel):
 
 class SquaredError(NoiseModel):
     """``nll = ||y - f(x)||^2``, what ``noise=None`` means; squared pixel units, not nats."""
+
+    is_likelihood = False
 
     def _penalty(self, residual):
         return residual.square()

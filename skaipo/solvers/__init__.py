@@ -15,6 +15,7 @@ from skaipo.solvers._schedules import (
     LatticeSchedule,
     LinearSchedule,
     TheorySchedule,
+    lam_range,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "gauss_newton_start",
     "gaussian_start",
     "infeasible",
+    "lam_range",
     "lattice_path",
     "minimize",
     "misfit",

@@ -30,7 +30,7 @@ def _stage(objective, state, lam, method, limit, tol, history, anneal):
 
 
 def _begin(objective, u, fallback):
-    """The state at the start, and the evaluation of the fallback, which replaces lost rows."""
+    """The state at the start; and the fallback, which replaces lost rows, with its evaluation."""
     evaluation, spare = objective.evaluate(u), None
     if fallback is not None:
         spare = objective.evaluate(fallback)
@@ -38,22 +38,23 @@ def _begin(objective, u, fallback):
         lost = ~evaluation.finite() & spare.finite()
         u = torch.where(lost[:, None], fallback, u)
         evaluation = evaluation.where(lost, spare)
-    return (u, evaluation, None), spare
+    return (u, evaluation, None), [] if spare is None else [(fallback, spare)]
 
 
-def _rescued(state, spare, fallback, target, method):
-    """The state, with the fallback in rows whose objective at the target is above that one's."""
-    if spare is None:
-        return state
+def _rescued(state, spares, target, method):
+    """The state, with a spare point in rows whose objective at the target is lower there."""
     u, evaluation, memory = state
     lam = torch.full_like(evaluation.data, target)
-    failed = ~(evaluation.value(lam) <= spare.value(lam)) & spare.finite()
-    if failed.any():
-        u = torch.where(failed[:, None], fallback, u)
-        evaluation = evaluation.where(failed, spare)
-        if memory is not None:
-            memory = _copy(memory)
-            method.forget(memory, failed)
+    failed = torch.zeros_like(lam, dtype=torch.bool)
+    for other, known in spares:
+        lower = ~(evaluation.value(lam) <= known.value(lam)) & known.finite()
+        if lower.any():
+            u = torch.where(lower[:, None], other, u)
+            evaluation = evaluation.where(lower, known)
+            failed |= lower
+    if memory is not None and failed.any():
+        memory = _copy(memory)
+        method.forget(memory, failed)
     return u, evaluation, memory
 
 
@@ -146,7 +147,7 @@ def continuation_path(
         Those without the branch.
     """
     exact = getattr(schedule, "exact", False)
-    state, spare = _begin(objective, u, None if exact else fallback)
+    state, spares = _begin(objective, u, None if exact else fallback)
     climbed = 0
     for target in targets:
         if hasattr(schedule, "climb"):
@@ -166,7 +167,7 @@ def continuation_path(
             climbed = len(lams)
             u, evaluation, memory = state
             trunk_evals = objective.n_evals.clone()
-        u, evaluation, memory = _rescued((u, evaluation, memory), spare, fallback, target, method)
+        u, evaluation, memory = _rescued((u, evaluation, memory), spares, target, method)
         limit = (objective.n_evals + schedule.last(max_evals)).clamp_max(max_evals)
         solution = _stage(
             objective,
@@ -189,7 +190,17 @@ def continuation_path(
 
 
 def lattice_path(
-    objective, u, targets, method, schedule, *, max_evals, tol=1e-4, fallback=None, history=None
+    objective,
+    u,
+    targets,
+    method,
+    schedule,
+    *,
+    max_evals,
+    tol=1e-4,
+    fallback=None,
+    low=None,
+    history=None,
 ):
     """Solve at targets along a lattice of lambdas, from its middle to both ends.
 
@@ -201,6 +212,11 @@ def lattice_path(
     objective, u, targets, method, max_evals, tol, fallback, history
         As in :func:`continuation_path`; ``u`` is a start for the middle.
     schedule : LatticeSchedule
+    low : callable, default=None
+        ``low(lam) -> u`` (n, d), a start for a small lambda. Before the way down that of
+        ``schedule.low`` is solved for, and where a row's objective is lower there than where the
+        way has led so far, it goes on from there: at small lambdas there can be another valley,
+        that of the measurement with its noise, into which the way from above falls too late.
 
     Yields
     ------
@@ -213,14 +229,14 @@ def lattice_path(
         Evaluations for all targets up to this one.
     """
     lams, middle = schedule.lattice(objective, max_evals)
-    stages = _stages_of(lams, middle, targets)
-    state, spare = _begin(objective, u, fallback)
+    up, down = _stages_of(lams, middle, targets)
+    state, spares = _begin(objective, u, fallback)
     left = (max_evals - objective.n_evals).clamp_min(0)
-    first, down, up = schedule.budgets(len(lams), middle, left)
+    budgets = schedule.budgets(middle, max_evals, left)
     so_far = objective.n_evals.clone()
 
-    def solve(state, lam, limit):
-        u, evaluation, memory = _rescued(state, spare, fallback, lam, method)
+    def solve(state, lam, limit, spares):
+        u, evaluation, memory = _rescued(state, spares, lam, method)
         if memory is not None:
             # What is annealed begins anew in every stage; what is known of the curvature stays.
             memory = _copy(memory)
@@ -231,46 +247,60 @@ def lattice_path(
         so_far.add_(objective.n_evals - before)
         return solution
 
-    def served(k, solution, budget):
+    def served(k, solution, spares, here):
         """The targets of a stage: it is their solution, or they branch off."""
         n_evals = objective.n_evals.clone()
-        for position, on_lattice in stages.get(k, ()):
+        for position, on_lattice in here:
             result = solution
             if not on_lattice:
                 state = solution.u, solution.evaluation, solution.memory
-                lam, limit = targets[position], n_evals + (budget // 2).clamp_min(1)
+                lam, limit = targets[position], n_evals + (budgets[k] // 2).clamp_min(1)
                 beyond = not lams[0] < lam < lams[-1]
                 limit = torch.full_like(limit, max_evals) if beyond else limit
-                result = solve(state, lam, limit)
+                result = solve(state, lam, limit, spares)
             yield position, result, objective.n_evals.clone(), so_far.clone()
             objective.n_evals.copy_(n_evals)
 
-    root = solve(state, lams[middle], objective.n_evals + first)
+    root = solve(state, lams[middle], objective.n_evals + budgets[middle], spares)
     n_evals = objective.n_evals.clone()
-    yield from served(middle, root, down)
-    for step, budget, end in ((-1, down, min(stages)), (1, up, max(stages))):
+    for step, stages in ((1, up), (-1, down)):
+        if not stages:
+            continue
         solution = root
         objective.n_evals.copy_(n_evals)
-        for k in range(middle + step, end + step, step):
-            state = solution.u, solution.evaluation, solution.memory
-            solution = solve(state, lams[k], objective.n_evals + budget)
-            yield from served(k, solution, budget)
+        k = schedule.low(middle, max_evals)
+        if step < 0 and low is not None and k is not None:
+            u = low(lams[k])
+            state = u, objective.evaluate(u), None
+            so_far.add_(objective.n_evals - n_evals)
+            valley = solve(state, lams[k], n_evals + budgets[k], spares)
+            spares = [*spares, (valley.u, valley.evaluation)]
+        end = max(stages) if step > 0 else min(stages)
+        for k in range(middle, end + step, step):
+            if k != middle:
+                state = solution.u, solution.evaluation, solution.memory
+                solution = solve(state, lams[k], objective.n_evals + budgets[k], spares)
+            yield from served(k, solution, spares, stages.get(k, ()))
 
 
 def _stages_of(lams, middle, targets):
-    """For each stage the targets that it serves: position, and whether they are its lambda."""
-    stages = {}
+    """The ways up and down: for each stage the targets that it serves, as pairs.
+
+    Their position, and whether they are its lambda.
+    """
+    up, down = {}, {}
     for position, target in enumerate(targets):
         near = min(range(len(lams)), key=lambda k: abs(math.log(lams[k] / target)))
         on_lattice = math.isclose(lams[near], target, rel_tol=1e-9)
+        falls = near < middle if on_lattice else target < lams[middle]
         if not on_lattice:
             # The stage before it, on the way from the middle.
-            if target > lams[middle]:
-                near = max(k for k in range(middle, len(lams)) if lams[k] < target)
-            else:
+            if falls:
                 near = min(k for k in range(middle + 1) if lams[k] > target)
-        stages.setdefault(near, []).append((position, on_lattice))
-    return stages
+            else:
+                near = max(k for k in range(middle, len(lams)) if lams[k] < target)
+        (down if falls else up).setdefault(near, []).append((position, on_lattice))
+    return up, down
 
 
 def continuation(objective, u, target, method, schedule, **options):

@@ -12,6 +12,8 @@ _BETAS = (0.9, 0.999)
 _FINAL = 0.01
 # Up to how many steps the preconditioned method takes its full learning rate.
 _STEPS = 75.0
+# Its learning rate's share in a stage that begins at the solution for a neighbouring lambda.
+_WARM = 2 / 3
 
 
 class Adam(Method):
@@ -76,6 +78,8 @@ class Adam(Method):
             powers=lam.new_ones(len(lam), 2),
             rate=torch.full_like(lam, self._rate(objective)),
             pace=torch.ones_like(lam),
+            # Less than one in a stage that begins at its neighbour's solution.
+            warm=torch.ones_like(lam),
             final=torch.full_like(lam, _FINAL if self.final_rate is None else self.final_rate),
         )
 
@@ -124,7 +128,8 @@ class Adam(Method):
             row = memory["row"]
             step = self.direction(memory, self._metric.whiten(gradient, lam, row))
             step = self._metric.colour(step, lam, row)
-        return u + (memory["rate"] * memory["pace"] * decay)[:, None] * step
+        rate = memory["rate"] * memory["pace"] * memory["warm"]
+        return u + (rate * decay)[:, None] * step
 
     def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
         return ok
@@ -133,6 +138,7 @@ class Adam(Method):
         # The gradients' sizes are those of another lambda, and so was what steps were too long for.
         self.forget(memory, torch.ones_like(memory["pace"], dtype=torch.bool))
         memory["pace"].fill_(1.0)
+        memory["warm"].fill_(_WARM)
 
     def forget(self, memory, rows):
         memory["mean"][rows] = memory["square"][rows] = 0.0

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import torch
 from sklearn.base import BaseEstimator
 
 from skaipo._keywords import CheckedKeywords
@@ -15,7 +14,11 @@ __all__ = [
     "LatticeSchedule",
     "LinearSchedule",
     "TheorySchedule",
+    "lam_range",
 ]
+
+# How much more than the mean the stages at the middle of a lattice get, and those at its ends less.
+_TILT = 0.4
 
 
 def _require(ok, schedule, needs):
@@ -133,55 +136,91 @@ class LatticeSchedule(CheckedKeywords, BaseEstimator):
 
     In the middle the Gaussian start is good. From there a smaller lambda is approached from the
     smooth side, where a rising one, that starts from the measurement's own noise, would keep some
-    of it; and the largest, at which prior and measurement have little in common, need not be
-    solved for before all others. Each stage is annealed and is the result at its lambda, so that a
-    path along the lattice costs no more than one way down and one up. A target between two of its
-    lambdas branches off from the one before it.
+    of it. At the smallest lambdas that noise is where the minimum lies: the way down looks there
+    first, and goes on from there where the objective is lower. Each stage is annealed and is the
+    result at its lambda, so that a path along the whole lattice costs no more than ``max_evals``.
+    A target between two of its lambdas branches off from the one before it.
 
     Parameters
     ----------
     n_stages : int, default=20
-        Stages from ``anchor / span`` to the anchor, the lambda at which prior and data weigh about
-        the same: the curvature of the noise's negative log-likelihood times the variance of the
-        data. At most one for every twelve of ``max_evals``.
-    span : float, default=1000
-    middle : float, default=0.1
-        First lambda as a share of the anchor; the nearest of the lattice is taken.
+        Lambdas from ``top / span`` to ``top``, at most one for every twelve of ``max_evals``. In
+        the same ratio as many follow above, where a target asks for them; they come on top of
+        ``max_evals`` for a path, not for one lambda.
+    top, span, middle : float, default=None
+        The largest lambda; its ratio to the smallest; and the first one as a share of the largest
+        (the nearest of the lattice is taken). None: 1, 100 and 1, where the misfit is a negative
+        log-likelihood in nats, so that the largest is the Bayesian one. The squared error of
+        ``noise=None`` has no such scale: the lambda at which prior and data weigh about the same,
+        its curvature times the variance of the data; 1000; and 0.1.
     share : float in (0, 1), default=0.2
-        Share of ``max_evals``, of what the start has left of them, for the first stage. The rest is
-        divided equally among the stages on the way down and a branch, and a quarter more goes to
-        each on the way up. A branch takes half of what the stage before it did, or, beyond an end
-        of the lattice, all that is left.
+        Share of ``max_evals``, of what the start has left of them, for the first stage. The others
+        divide the rest, those near the middle taking more than those at the ends. A branch takes
+        half of what the stage before it did, or, beyond an end of the lattice, all that is left.
     """
 
-    def __init__(self, n_stages=20, span=1000.0, middle=0.1, share=0.2):
+    def __init__(self, n_stages=20, top=None, span=None, middle=None, share=0.2):
         self.n_stages = n_stages
+        self.top = top
         self.span = span
         self.middle = middle
         self.share = share
 
     def lattice(self, objective, max_evals):
         """The lambdas, ascending, and which of them is the first to be solved for."""
-        ok = self.n_stages >= 2 and self.span > 1 and self.middle > 0 and 0 < self.share < 1
-        _require(ok, self, "n_stages >= 2, span > 1, middle > 0 and 0 < share < 1")
-        anchor = objective.noise.typical_curvature() * objective.flow.data_scale() ** 2
-        n = max(2, min(self.n_stages, max_evals // 12))
-        lams = np.geomspace(anchor / self.span, anchor, n).tolist()
-        return lams, int(np.abs(np.log(lams) - math.log(self.middle * anchor)).argmin())
+        given = {k: v for k in ("top", "span", "middle") if (v := getattr(self, k)) is not None}
+        parts = lam_range(objective.noise, objective.flow) | given
+        top, span, middle = (parts[k] for k in ("top", "span", "middle"))
+        ok = self.n_stages >= 2 and top > 0 and span > 1 and middle > 0 and 0 < self.share < 1
+        _require(ok, self, "n_stages >= 2, top > 0, span > 1, middle > 0 and 0 < share < 1")
+        n = self._size(max_evals)
+        lams = top * span ** (np.arange(1 - n, n) / (n - 1))
+        return lams.tolist(), int(np.abs(np.log(lams[:n]) - math.log(middle * top)).argmin())
 
-    def budgets(self, n, middle, left):
-        """Evaluations (n_rows,) of the first stage, of one on the way down, and of one up.
+    def _size(self, max_evals):
+        return max(2, min(self.n_stages, max_evals // 12))
+
+    def low(self, middle, max_evals):
+        """Which of the lambdas shows the low valley; None where that would be too dear."""
+        k = 2 * self._size(max_evals) // 5
+        return k if k < middle and max_evals >= 120 else None
+
+    def budgets(self, middle, max_evals, left):
+        """Evaluations (n_rows,) of each stage, from the smallest lambda on.
 
         ``left`` (n_rows,) is what the start has left of ``max_evals``.
         """
+        n = self._size(max_evals)
         first = (self.share * left).to(left.dtype).clamp_min(1)
-        down = (left - first) // (middle + 1)
-        up = torch.minimum(down + down // 4, (left - first) // (n - middle))
-        return first, down.clamp_min(1), up.clamp_min(1)
+        # The nearer to the middle, the more the solution changes from one lambda to the next.
+        away = (abs(k - middle) / max(1, middle) for k in range(2 * n - 1))
+        weights = [1 + _TILT * (1 - 2 * min(1.0, a)) for a in away]
+        # One more for the low valley, and half a one for a branch.
+        total = sum(weights[:n]) - weights[middle] + 1.5
+        budgets = [((left - first) * w / total).to(left.dtype).clamp_min(1) for w in weights]
+        budgets[middle] = first
+        return budgets
 
     def last(self, max_evals):
         """Evaluations of the last stage: all that is left."""
         return max_evals
+
+
+def lam_range(noise, flow):
+    """Where lambda is looked for by default: ``top``, ``span`` and ``middle`` of LatticeSchedule.
+
+    Parameters
+    ----------
+    noise : NoiseModel
+    flow : Flow
+
+    Returns
+    -------
+    dict
+    """
+    if noise.is_likelihood:
+        return dict(top=1.0, span=100.0, middle=1.0)
+    return dict(top=noise.typical_curvature() * flow.data_scale() ** 2, span=1000.0, middle=0.1)
 
 
 class TheorySchedule(CheckedKeywords, BaseEstimator):
