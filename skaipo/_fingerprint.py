@@ -12,6 +12,7 @@ import inspect
 import sys
 import textwrap
 import types
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ __all__ = ["fingerprint"]
 # and noise models, and of scipy's sparse matrices.
 _CACHES = {"_cache", "_data_scale", "_typical_log_prob", "_moments_of"}
 _CACHES |= {"_has_sorted_indices", "_has_canonical_format"}
+# Of which every module of torch holds ten.
+_EMPTY = OrderedDict()
 # Code that has a version, which is for the caller to note where it matters. Of other code, the
 # source is hashed.
 _VERSIONED = {"skaipo", "torch", "numpy", "scipy", "sklearn", *sys.stdlib_module_names}
@@ -138,6 +141,8 @@ class _Walk:
         self._libraries = ()
 
     def digest(self, obj):
+        if type(obj) is OrderedDict and not obj and not vars(obj):
+            obj = _EMPTY
         key = id(obj)
         if key in self._known:
             return self._known[key][0]

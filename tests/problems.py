@@ -97,13 +97,18 @@ class Cliff(Flow):
         return self._broken(z), z.new_zeros(len(z))
 
 
-def covering(*axes):
+def covering(*axes, only=lambda *values: True):
     """Tuples of one value of each axis, such that every pair of values of two axes meets in one.
 
     What goes wrong goes wrong for one value or for two together far more often than for three, and
-    the tuples are a fraction of the product. (Greedy, and the same every time.)
+    the tuples are a fraction of the product. (Greedy, and the same every time.) ``only`` says of
+    which tuples there is a choice; pairs that are in none of them do not meet.
     """
-    rows = list(product(*(range(len(axis)) for axis in axes)))
+    rows = [
+        row
+        for row in product(*(range(len(axis)) for axis in axes))
+        if only(*(axis[i] for axis, i in zip(map(list, axes), row, strict=True)))
+    ]
     pairs = {row: frozenset(combinations(enumerate(row), 2)) for row in rows}
     left, chosen = set().union(*pairs.values()), []
     while left:

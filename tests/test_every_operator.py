@@ -417,20 +417,17 @@ def test_an_operator_of_less_precision_than_the_prior_converges():
 
 def test_rows_are_reconstructed_alone(kind, obj):
     _, Y = measurements(kind)
-    together = model(obj, max_evals=20, batch_size=6).reconstruct(Y).x
-    apart = model(obj, max_evals=20, batch_size=2).reconstruct(Y).x
+    together = model(obj, max_evals=12, batch_size=6).reconstruct(Y).x
+    apart = model(obj, max_evals=12, batch_size=3).reconstruct(Y).x
     assert_allclose(apart, together, atol=rounding(as_operator(obj).bind(SHAPE)) * 1e2)
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_grid_search_in_two_processes(kind, obj):
     X, Y = measurements(kind, n=4)
-    searches = [
-        GridSearchCV(
-            model(obj, max_evals=6), {"lam": [0.5, 50.0]}, cv=2, n_jobs=n, error_score="raise"
-        )
-        for n in (1, 2)
-    ]
+    # A task for each process.
+    params = dict(param_grid={"lam": [0.5, 50.0]}, cv=[([0, 1], [2, 3])], error_score="raise")
+    searches = [GridSearchCV(model(obj, max_evals=6), n_jobs=n, **params) for n in (1, 2)]
     # The same function for every kind: the workers then live from one test to the next.
     start = {"initializer": _start_worker} if deepinv_here.INSTALLED else {}
     with joblib.parallel_config("loky", **start):

@@ -89,11 +89,11 @@ PATHS = {
 @pytest.mark.parametrize("name", PATHS)
 def test_a_point_of_the_path_is_the_single_solve(name):
     prior, op, params = PATHS[name]()
-    images = prior.sample(9, random_state=2)
+    images = prior.sample(8, random_state=2)
     Y = op(images)
     if isinstance(op, Inpainting):
         Y = drop_entries(Y)
-    grids = ([0.0, 0.02, 1.0, 50.0], [1.0], [0.3, 1.0, 2.0, 1e4], [50.0, 0.3, 0.02])
+    grids = ([0.0, 0.02, 1.0, 50.0], [1.0], [1e4, 0.3, 0.02])
     params = {**COMMON, **params}
     single = AIPORegressor(op, prior=prior, schedule=LATTICE, **params)
     known = {}
@@ -149,7 +149,7 @@ def test_twenty_lambdas_at_the_price_of_three_solves():
     Y = noise.add_noise(load_digits_split()[1][:6], random_state=0)
     lams, _, along, n_evals = aipo_path(Y, op, prior, noise=noise, return_details=True)
     assert len(lams) == 20 and n_evals <= 3 * AIPORegressor().max_evals * len(Y)
-    for k in (3, 10, 17):
+    for k in (4, 16):
         lam = float(lams[k])
         single = AIPORegressor(op, lam, prior=prior, noise=noise, schedule=LATTICE, max_evals=850)
         np.testing.assert_array_equal(along[k].objective, single.reconstruct(Y).objective)
@@ -269,7 +269,9 @@ def test_it_chooses_what_grid_search_chooses(name, X, Y):
         Y = X + SIGMA * np.random.default_rng(1).normal(size=X.shape)
     if isinstance(op, CompressedSensing):
         Y = op(X) + SIGMA * np.random.default_rng(2).normal(size=(len(X), op.n_measurements))
-    params = dict(prior=prior, batch_size=4, **COMMON)
+    params = dict(prior=prior, **COMMON)
+    if name == "given normal":
+        params["batch_size"] = 4
     cv = KFold(3, shuffle=True, random_state=0)
     search = AIPORegressorCV(op, lams=LAMS, cv=cv, **params).fit(Y, X)
     grid = GridSearchCV(
@@ -332,15 +334,16 @@ def test_errors_along_the_path(prior, X, Y):
     ids=["name", "r2", "callable", "made"],
 )
 def test_scoring_is_scikit_learns(scoring, prior, X, Y):
+    lams = LAMS[1:3]
     search = AIPORegressorCV(
-        Denoising(), lams=LAMS, prior=prior, cv=3, scoring=scoring, **COMMON
+        Denoising(), lams=lams, prior=prior, cv=3, scoring=scoring, **COMMON
     ).fit(Y, X)
     single = AIPORegressor(Denoising(), prior=prior, schedule="geometric", **COMMON)
-    for lam, score in zip(LAMS, search.cv_results_["mean_test_score"], strict=True):
+    for lam, score in zip(lams, search.cv_results_["mean_test_score"], strict=True):
         expected = cross_val_score(single.set_params(lam=lam), Y, X, cv=3, scoring=scoring).mean()
         assert score == pytest.approx(expected, rel=1e-10)
     # The errors are there whatever the score.
-    assert search.mse_path_.shape == (len(LAMS), 3)
+    assert search.mse_path_.shape == (2, 3)
 
 
 def test_an_unknown_score_is_an_error(prior, X, Y):
@@ -372,7 +375,7 @@ def test_without_clean_data_the_noise_must_be_known(prior, Y):
     "name, cv",
     [
         ("given normal", 3),
-        ("unfitted normal", ShuffleSplit(4, test_size=0.5, random_state=0)),
+        ("unfitted normal", ShuffleSplit(2, test_size=0.5, random_state=0)),
         ("learnt operator", 3),
     ],
 )
@@ -382,7 +385,7 @@ def test_the_mask_is_split_as_the_rows_are(name, cv, X, Y):
         op = Denoising()
     mask = ~np.isnan(drop_entries(Y))
     marked, hidden = np.where(mask, Y, np.nan), np.where(mask, Y, 1e3)
-    model = AIPORegressorCV(op, lams=[0.1, 1.0], prior=prior, cv=cv, **COMMON)
+    model = AIPORegressorCV(op, lams=[0.1, 1.0], prior=prior, cv=cv, **{**COMMON, "max_evals": 8})
     expected = clone(model).fit(marked, X)
     found = clone(model).fit(hidden, X, mask=mask)
     np.testing.assert_array_equal(found.mse_path_, expected.mse_path_)
@@ -429,7 +432,7 @@ def test_it_costs_less_than_the_single_solves(X, Y):
 
 
 def test_folds_that_overlap(prior, X, Y):
-    cv = ShuffleSplit(4, test_size=0.5, random_state=0)
+    cv = ShuffleSplit(3, test_size=0.5, random_state=0)
     search = AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, cv=cv, **COMMON).fit(Y, X)
     grid = GridSearchCV(
         AIPORegressor(Denoising(), prior=prior, schedule="geometric", **COMMON),
@@ -458,7 +461,7 @@ def test_ties_go_to_the_smaller_lambda(prior, X, Y):
 
 
 def test_tensors_and_lists_are_data(prior, X, Y):
-    model = AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, cv=3, **COMMON)
+    model = AIPORegressorCV(Denoising(), lams=LAMS[1:3], prior=prior, cv=2, **COMMON)
     expected = clone(model).fit(Y, X).cv_results_["mean_test_score"]
     for kind in (torch.tensor, lambda array: array.tolist()):
         search = clone(model).fit(kind(Y), kind(X))
@@ -498,7 +501,8 @@ def test_a_lambda_without_a_score_is_not_chosen(prior, X, Y, bad):
     def score(estimator, Y, X):
         return bad if estimator.lam == 30.0 else -estimator.lam
 
-    search = AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, cv=3, scoring=score, **COMMON)
+    params = dict(lams=LAMS, prior=prior, cv=2, scoring=score, noise=GaussianNoise(SIGMA))
+    search = AIPORegressorCV(Denoising(), max_evals=8, **params)
     with pytest.warns(UserWarning, match="not finite at lambda 30: .*It is not chosen from there"):
         search.fit(Y, X)
     assert search.lam_ == LAMS[0] and search.best_score_ == pytest.approx(-LAMS[0])
@@ -512,7 +516,7 @@ def test_a_lambda_without_a_score_is_not_chosen(prior, X, Y, bad):
 def test_a_schedule_of_ones_own_predicts_as_its_name_does(prior, X, Y, schedule):
     name = {"GeometricSchedule": "geometric", "LatticeSchedule": "lattice"}[type(schedule).__name__]
     found, expected = (
-        AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, schedule=s, **COMMON).fit(Y, X)
+        AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, cv=2, schedule=s, **COMMON).fit(Y, X)
         for s in (schedule, name)
     )
     assert found.lam_ == expected.lam_

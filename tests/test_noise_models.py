@@ -330,13 +330,13 @@ def test_laplace_smoothing_is_bounded_as_documented():
 D, N = 4, 20
 
 
-def map_problem(name):
-    """Prior, operator, noise, and the measurements of 20 images."""
+def map_problem(name, n=N):
+    """Prior, operator, noise, and the measurements of ``n`` images."""
     generator = np.random.default_rng(11)
     prior = gaussian_prior(D)
     matrix = generator.normal(size=(M, D))
     noise = MODELS[name]
-    x = generator.multivariate_normal(prior.mean_, prior.covariance_, size=N)
+    x = generator.multivariate_normal(prior.mean_, prior.covariance_, size=n)
     if name == "poisson":
         matrix = np.abs(matrix)
         x = np.abs(x)
@@ -362,9 +362,11 @@ def exact_terms(name):
     return lambda f, y: -float(FLOW.log_prob(torch.tensor(y - f)[None]))
 
 
-def refined(objective, start):
+def refined(objective, start, smooth=True):
     """A local minimum from ``start`` by methods that know nothing but values."""
     best = optimize.minimize(objective, start, method="BFGS", options={"gtol": 1e-9})
+    if smooth:
+        return best
     options = {"xatol": 1e-9, "fatol": 1e-12, "maxiter": 4000, "maxfev": 4000}
     return optimize.minimize(objective, best.x, method="Nelder-Mead", options=options)
 
@@ -374,13 +376,13 @@ def refined(objective, start):
 )
 def test_map_agrees_with_an_independent_optimiser(name):
     if name == "white":
-        prior, matrix, _, y = map_problem("correlated")
+        prior, matrix, _, y = map_problem("correlated", 10)
         noise = GaussianNoise(SCALES)
         terms = additive(stats.norm(scale=SCALES))
         nll = lambda f, y: terms(f, y).sum()  # noqa: E731
     else:
-        (prior, matrix, noise, y), nll = map_problem(name), exact_terms(name)
-    density = stats.multivariate_normal(prior.mean_, prior.covariance_)
+        (prior, matrix, noise, y), nll = map_problem(name, 10), exact_terms(name)
+    precision = np.linalg.inv(prior.covariance_)
     model = AIPORegressor(MatrixOperator(matrix), prior=prior, noise=noise, tol=1e-8)
     model.set_params(solver="lbfgs", max_evals=500)
     with warnings.catch_warnings():
@@ -391,12 +393,14 @@ def test_map_agrees_with_an_independent_optimiser(name):
 
         def objective(u, row=row):
             with np.errstate(all="ignore"):
-                value = nll(matrix @ u, row) - density.logpdf(u)
+                shift = u - prior.mean_
+                value = nll(matrix @ u, row) + shift @ precision @ shift / 2
             return value if np.isfinite(value) else 1e10
 
         # Of a convex objective there is one minimum, wherever one starts.
         start = prior.mean_ if convex and name != "poisson" else x
-        found = refined(objective, start)
+        # (scipy's density of counts ends where the rate is zero, and gradients with it.)
+        found = refined(objective, start, smooth=name != "poisson")
         # As documented: floor / 2 where nothing was counted at a rate below the floor.
         low = (SCALES * (matrix @ x) + 0.4 < 0.01).sum() if name == "poisson" else 0
         assert objective(x) <= found.fun + 1e-6 * (1 + abs(found.fun)) + low * 0.005
@@ -439,8 +443,9 @@ def test_map_under_the_exact_laplace_density():
 def test_map_with_a_flow_as_prior(name):
     """Where gradients come from a flow, too: what is returned is a local minimum for scipy."""
     flow = random_flow(RealNVP, (D,), smooth=True)
+    n = 10
     _, matrix, noise, _ = map_problem(name)
-    clean = flow.sample(N, generator=torch.Generator().manual_seed(3)).numpy() @ matrix.T
+    clean = flow.sample(n, generator=torch.Generator().manual_seed(3)).numpy() @ matrix.T
     if name == "poisson":
         clean = np.abs(clean)
     y = noise.add_noise(clean, random_state=4)
@@ -460,7 +465,7 @@ def test_map_with_a_flow_as_prior(name):
         found = optimize.minimize(objective, x, method="BFGS", options={"gtol": 1e-8})
         assert result.objective is not None
         assert objective(x) <= found.fun + 1e-6 * (1 + abs(found.fun))
-    assert good >= N // 2
+    assert good >= n // 2
 
 
 def test_closed_form_of_correlated_noise():
@@ -763,7 +768,7 @@ def test_rows_do_not_depend_on_each_other(name):
         warnings.simplefilter("ignore", ConvergenceWarning)
         whole = model.predict(y)
         np.testing.assert_allclose(model.predict(y[3:4]), whole[3:4], rtol=1e-6, atol=1e-8)
-        twin = model.set_params(batch_size=7, n_jobs=1).predict(y)
+        twin = model.set_params(batch_size=13, n_jobs=1).predict(y)
     np.testing.assert_allclose(twin, whole, rtol=1e-6, atol=1e-8)
 
 
@@ -779,7 +784,7 @@ def test_searches_and_paths(name):
             cv=2,
             error_score="raise",
         ).fit(y, x)
-        path = AIPORegressorCV(op, lams=3, cv=2, prior=prior, noise=noise, max_evals=12).fit(y, x)
+        path = AIPORegressorCV(op, lams=2, cv=2, prior=prior, noise=noise, max_evals=12).fit(y, x)
     assert search.predict(y).shape == x.shape
     assert np.isfinite(path.lams_).all() and (path.lams_ > 0).all()
 

@@ -35,8 +35,9 @@ def problem(identity, seed=0):
     return prior, op, noise, Y, dict(L=L, sigma=sigma, delta=delta, C=C)
 
 
-@pytest.mark.parametrize("epsilon", [1e-1, 1e-3, 1e-6])
-@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize(
+    "identity, epsilon", [(True, 1e-1), (True, 1e-6), (False, 1e-3), (False, 1e-6)]
+)
 def test_algorithm_1_ends_within_epsilon_after_the_steps_of_the_formulas(identity, epsilon):
     prior, op, noise, Y, constants = problem(identity)
     schedule = TheorySchedule(**constants, epsilon=epsilon)
@@ -84,7 +85,7 @@ def test_every_stage_ends_inside_the_radius():
         tol=1e-9,
     )
     n = schedule.n_stages(LAM)
-    for k in (1, n // 2, n - 1):
+    for k in (1, n - 1):
         lam = LAM * k / n
         x = model.set_params(lam=lam).predict(Y)
         exact = prior.map_estimate(Y, op, noise, lam)
@@ -163,15 +164,14 @@ def test_continuation_finds_the_global_minimum_of_a_two_mode_prior():
     for name in ways:
         np.testing.assert_allclose(found[name][away], best[away], atol=1e-3, err_msg=name)
 
-    starts = prior.sample(400, random_state=0)[:, 0]
-    failures = []
-    for y, x_best in zip(Y[away, 0], best[away], strict=True):
-        x = starts.copy()
-        for _ in range(400):
-            t = torch.tensor(x[:, None], requires_grad=True)
-            loss = 0.5 * (y - t[:, 0]) ** 2 - lam * prior.flow_.log_prob(t)
-            (gradient,) = torch.autograd.grad(loss.sum(), t)
-            x = x - 0.05 * gradient.numpy()[:, 0]
-        failures.append(np.mean(np.abs(x - x_best) > 0.1))
+    # From every start to every measurement, at once.
+    y, x = torch.tensor(Y[away]), torch.tensor(prior.sample(400, random_state=0)[:, 0])
+    x = x.expand(len(y), -1)
+    for _ in range(400):
+        t = x.clone().requires_grad_()
+        log_prob = prior.flow_.log_prob(t.reshape(-1, 1)).reshape(t.shape)
+        (gradient,) = torch.autograd.grad((0.5 * (y - t) ** 2 - lam * log_prob).sum(), t)
+        x = x - 0.05 * gradient
+    failures = np.abs(x.numpy() - best[away, None]) > 0.1
     # Plain descent ends in the wrong mode from at least a quarter of the starts, over all y.
     assert np.mean(failures) > 0.25

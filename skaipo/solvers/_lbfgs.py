@@ -8,7 +8,7 @@ __all__ = ["LBFGS"]
 
 
 def _dot(a, b):
-    return (a * b).sum(1)
+    return (a * b).sum(-1)
 
 
 class LBFGS(Method):
@@ -93,27 +93,30 @@ class LBFGS(Method):
             return
         gradient = evaluation.rows(index).gradient(lam[index])
         count = memory["count"][index]
-        q = gradient.clone()
-        pairs, gamma = [], None
-        for back in range(min(self.memory, int(count.max()))):
-            slot = (count - 1 - back) % self.memory
-            valid = back < count
-            s = memory["s"][index, slot]
-            y = torch.addcmul(
-                memory["y_data"][index, slot], lam[index, None], memory["y_prior"][index, slot]
-            )
-            curvature = _dot(s, y)
-            # A pair that was convex at another lambda need not be so at this one.
-            valid = valid & (curvature > 1e-8 * _dot(y, y).sqrt() * _dot(s, s).sqrt())
-            rho = torch.where(valid, 1.0 / curvature, 0.0)
+        # The pairs of all rows at once, the newest first: (pairs, rows, d).
+        back = torch.arange(min(self.memory, int(count.max())), device=count.device)[:, None]
+        slot = (count - 1 - back) % self.memory
+        s_all = memory["s"][index, slot]
+        y_all = torch.addcmul(
+            memory["y_data"][index, slot], lam[index, None], memory["y_prior"][index, slot]
+        )
+        curvature, square = _dot(s_all, y_all), _dot(y_all, y_all)
+        # A pair that was convex at another lambda need not be so at this one.
+        convex = curvature > 1e-8 * square.sqrt() * _dot(s_all, s_all).sqrt()
+        valid = (back < count) & convex
+        rho_all = torch.where(valid, 1.0 / curvature, 0.0)
+        q, pairs = gradient, []
+        for s, y, rho in zip(s_all, y_all, rho_all, strict=True):
             alpha = rho * _dot(s, q)
             q = q - alpha[:, None] * y
             pairs.append((s, y, rho, alpha))
-            newest = torch.where(valid, curvature / _dot(y, y), torch.nan)
-            gamma = newest if gamma is None else torch.where(gamma.isnan(), newest, gamma)
         norm = gradient.norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
         first = memory["length"][index] / norm
-        gamma = first if gamma is None else torch.where(gamma.isnan(), first, gamma)
+        gamma = first
+        if pairs:
+            newest = valid.byte().argmax(0, keepdim=True)
+            gamma = (curvature / square).gather(0, newest)[0]
+            gamma = torch.where(valid.any(0), gamma, first)
         if self._metric is None:
             q = gamma[:, None] * q
         else:
