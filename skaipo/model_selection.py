@@ -77,13 +77,13 @@ def aipo_path(
 ):
     """Reconstructions along a grid of lambdas, by one continuation.
 
-    It starts from the middle of a fixed lattice of lambdas and goes to both ends of the grid; what
-    lies between two values of the lattice branches off. Every point of the path equals
-    ``AIPORegressor(op, lam, schedule="lattice", max_evals=850, **params)`` at that lambda, whatever
-    the other values of the grid. The default grid, which is the lattice, takes less than three
-    times the evaluations of one solve by default; another grid of twenty values up to four and a
-    half times. Each has a shorter way than a single solve: ``docs/solvers.md`` tells how close they
-    come.
+    It starts at one lambda of a fixed lattice (the Bayesian one, where there is a noise model) and
+    goes to both ends of the grid; what lies between two of the lattice branches off. Every point of
+    the path equals ``AIPORegressor(op, lam, schedule="lattice", max_evals=850, **params)`` at that
+    lambda, whatever the other values of the grid. The default grid, which is the lattice, takes
+    less than three times the evaluations of one solve by default; twenty other values within its
+    range up to four times. Each has a shorter way than a single solve: ``docs/solvers.md`` tells
+    how close they come.
 
     Parameters
     ----------
