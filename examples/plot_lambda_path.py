@@ -61,10 +61,9 @@ print(f"best PSNR:             lambda {lams[by_truth]:.3g}, {psnr[by_truth]:.2f}
 
 # %%
 # On the left the reconstruction is nearly the measurement, noise and all. In the middle it is the
-# digit. On the right the data have little say any more, and each image slides towards a mode of
-# the prior, where the density is highest: strokes become smooth and even, small features go, and
-# here and there it is another digit. (The frames are the two choices from above: red is the best
-# PSNR, blue the discrepancy principle.)
+# digit. On the right the data have less and less say, and each image slides towards a mode of the
+# prior, where the density is highest: strokes become smooth and even, and small features go. (The
+# frames are the two choices from above: red is the best PSNR, blue the discrepancy principle.)
 
 shown = [0, 1, 3, 5, 6]
 figure, grid = plt.subplots(len(shown), len(lams) + 2, figsize=(11, 4.4), layout="constrained")
