@@ -14,13 +14,14 @@ from sklearn.utils.validation import _num_samples
 
 from skaipo._validation import check_lam
 from skaipo.estimators import AIPORegressor
-from skaipo.estimators._base import is_learnt, is_prior
+from skaipo.estimators._base import is_learnt
 from skaipo.estimators._estimators import Continuation, Regressor
 from skaipo.metrics import (
     discrepancy_scorer,
     reconstruction_error,
     reconstruction_error_scorer,
 )
+from skaipo.priors._base import is_prior
 from skaipo.solvers import DirectSchedule, lam_range
 
 __all__ = ["AIPORegressorCV", "aipo_path"]

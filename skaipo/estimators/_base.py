@@ -10,7 +10,6 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils import check_array, check_consistent_length, check_random_state
 from sklearn.utils.parallel import Parallel, delayed
-from sklearn.utils.validation import check_is_fitted
 
 from skaipo._checkpoint import Checkpoint, describe_run
 from skaipo._progress import Progress
@@ -32,6 +31,7 @@ from skaipo.operators._base import ShortRepr
 from skaipo.operators._convert import is_foreign
 from skaipo.operators._packing import Packed, packed
 from skaipo.priors import FlowPrior
+from skaipo.priors._base import is_fitted, is_prior
 from skaipo.solvers import (
     LBFGS,
     MLE_SOLVERS,
@@ -44,28 +44,12 @@ from skaipo.solvers import (
     surrogate_of,
 )
 
-__all__ = ["Reconstructor", "is_fitted", "is_learnt", "is_prior"]
+__all__ = ["Reconstructor", "is_learnt"]
 
 # From here on a result says something of the problem, and not of the start alone.
 _SOME_EVALS = 20
 INITS = ("auto", "gaussian", "mle", "zero", "random")
 _METHODS = {"hybrid": Hybrid, "lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
-
-
-def is_prior(obj):
-    """Whether an object has a prior's interface."""
-    return hasattr(obj, "score_samples") and hasattr(type(obj), "flow_")
-
-
-def is_fitted(prior):
-    """Whether a prior is ready to be used."""
-    if not is_prior(prior):
-        return False
-    try:
-        check_is_fitted(prior)
-    except NotFittedError:
-        return False
-    return True
 
 
 def _no_such_prior(prior):
@@ -99,11 +83,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
     def _is_ready(self):
         """Whether there is nothing left to learn."""
         estimated = getattr(self.noise, "is_estimated", False)
-        return (
-            self.prior is not None
-            and is_fitted(self.prior)
-            and not (is_learnt(self.op) or estimated)
-        )
+        return is_fitted(self.prior) and not (is_learnt(self.op) or estimated)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -117,7 +97,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
     def __sklearn_clone__(self):
         # clone() would give back an unfitted prior; a fitted one rides along, weights shared.
         # Neither does what measures need copies: matrices and foreign operators are only read.
-        keeps_prior = is_prior(self.prior) and is_fitted(self.prior)
+        keeps_prior = is_fitted(self.prior)
         keeps_op = not hasattr(self.op, "get_params")
         shell = copy.copy(self)
         shell.prior = None if keeps_prior else self.prior
@@ -270,7 +250,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         )
 
     def _ready_prior(self):
-        if self.prior is not None and is_fitted(self.prior):
+        if is_fitted(self.prior):
             return self.prior
         if hasattr(self, "prior_"):
             return self.prior_

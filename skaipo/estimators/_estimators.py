@@ -6,9 +6,10 @@ import numpy as np
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, RegressorMixin, TransformerMixin
 
 from skaipo._validation import check_batch, masked, to_numpy
-from skaipo.estimators._base import Reconstructor, is_fitted, is_learnt
+from skaipo.estimators._base import Reconstructor, is_learnt
 from skaipo.objective import check_choice
 from skaipo.operators import as_operator
+from skaipo.priors._base import is_fitted
 from skaipo.solvers import (
     AdaptiveSchedule,
     DirectSchedule,
@@ -308,7 +309,7 @@ class AIPOTransformer(
 
     def _clean_data(self, X, y, mask):
         # y holds labels here. What an unfitted prior learns from is X itself.
-        if X is None or (self.prior is not None and is_fitted(self.prior)):
+        if X is None or is_fitted(self.prior):
             return None
         if is_learnt(self.op) or not as_operator(self.op)._keeps_shape:
             raise ValueError(

@@ -13,16 +13,33 @@ from sklearn.base import (
 )
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
 
 from skaipo._handle import pack_module, unpack_module
 from skaipo._validation import check_batch, to_numpy
 from skaipo.flows._base import log_normal
 from skaipo.operators._base import ShortRepr
 
-__all__ = ["Packed", "Prior", "map_rows"]
+__all__ = ["Packed", "Prior", "is_fitted", "is_prior", "map_rows"]
 
 # Parameters and attributes that nothing here ever writes to: copies and clones share them.
 _SHARED = torch.nn.Module | torch.distributions.Distribution
+
+
+def is_prior(obj):
+    """Whether an object has a prior's interface."""
+    return hasattr(obj, "score_samples") and hasattr(type(obj), "flow_")
+
+
+def is_fitted(prior):
+    """Whether a prior is ready to be used."""
+    if not is_prior(prior):
+        return False
+    try:
+        check_is_fitted(prior)
+    except NotFittedError:
+        return False
+    return True
 
 
 def map_rows(function, x, chunk=256):
