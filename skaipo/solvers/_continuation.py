@@ -261,26 +261,30 @@ def lattice_path(
             yield position, result, objective.n_evals.clone(), so_far.clone()
             objective.n_evals.copy_(n_evals)
 
-    root = solve(state, lams[middle], objective.n_evals + budgets[middle], spares)
-    n_evals = objective.n_evals.clone()
-    for step, stages in ((1, up), (-1, down)):
-        if not stages:
-            continue
+    def way(step, stages, spares):
+        """From the root to the last stage of one side that serves a target."""
         solution = root
-        objective.n_evals.copy_(n_evals)
-        k = schedule.low(middle, max_evals)
-        if step < 0 and low is not None and k is not None:
-            u = low(lams[k])
-            state = u, objective.evaluate(u), None
-            so_far.add_(objective.n_evals - n_evals)
-            valley = solve(state, lams[k], n_evals + budgets[k], spares)
-            spares = [*spares, (valley.u, valley.evaluation)]
         end = max(stages) if step > 0 else min(stages)
         for k in range(middle, end + step, step):
             if k != middle:
                 state = solution.u, solution.evaluation, solution.memory
                 solution = solve(state, lams[k], objective.n_evals + budgets[k], spares)
             yield from served(k, solution, spares, stages.get(k, ()))
+
+    root = solve(state, lams[middle], objective.n_evals + budgets[middle], spares)
+    n_evals = objective.n_evals.clone()
+    if up:
+        yield from way(1, up, spares)
+    if down:
+        objective.n_evals.copy_(n_evals)
+        k = schedule.low(middle, max_evals)
+        if low is not None and k is not None:
+            u = low(lams[k])
+            state = u, objective.evaluate(u), None
+            so_far.add_(objective.n_evals - n_evals)
+            valley = solve(state, lams[k], n_evals + budgets[k], spares)
+            spares = [*spares, (valley.u, valley.evaluation)]
+        yield from way(-1, down, spares)
 
 
 def _stages_of(lams, middle, targets):

@@ -26,6 +26,11 @@ def _require(ok, schedule, needs):
         raise ValueError(f"{type(schedule).__name__} needs {needs}, got {schedule!r}.")
 
 
+def _anchor(noise, flow):
+    """The lambda at which prior and data weigh about the same."""
+    return noise.typical_curvature() * flow.data_scale() ** 2
+
+
 class DirectSchedule(CheckedKeywords, BaseEstimator):
     """No continuation: the target from the first step."""
 
@@ -116,7 +121,7 @@ class GeometricSchedule(CheckedKeywords, BaseEstimator):
         """The trunk's lambdas, ascending to the anchor."""
         ok = self.n_stages >= 1 and self.span > 1 and 0 < self.share < 1 and self.tol >= 0
         _require(ok, self, "n_stages >= 1, span > 1, 0 < share < 1 and tol >= 0")
-        anchor = objective.noise.typical_curvature() * objective.flow.data_scale() ** 2
+        anchor = _anchor(objective.noise, objective.flow)
         return [anchor / s for s in np.geomspace(self.span, 1.0, self.n_stages)]
 
     def stages(self, objective, target, max_evals):
@@ -220,7 +225,7 @@ def lam_range(noise, flow):
     """
     if noise.is_likelihood:
         return dict(top=1.0, span=100.0, middle=1.0)
-    return dict(top=noise.typical_curvature() * flow.data_scale() ** 2, span=1000.0, middle=0.1)
+    return dict(top=_anchor(noise, flow), span=1000.0, middle=0.1)
 
 
 class TheorySchedule(CheckedKeywords, BaseEstimator):
