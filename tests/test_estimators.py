@@ -191,6 +191,18 @@ def test_every_evaluation_is_counted(monkeypatch, start, op):
     assert (result.n_evals <= 30).all()
 
 
+@pytest.mark.parametrize("init", ["gaussian", "mle"])
+def test_a_lattice_looks_at_a_small_lambda_before_it_goes_down(init):
+    prior, op = FlowPrior(flow=random_flow()), OPERATORS["compressed"]
+    Y = measure(op, prior, sigma=0.4)
+    settings = dict(prior=prior, noise=GaussianNoise(0.4), init=init, schedule="lattice", tol=1e-12)
+    result = AIPORegressor(op, 0.02, max_evals=240, **settings).reconstruct(Y, history=True)
+    assert (result.n_evals <= 240).all()
+    for lams in result.lam_history:
+        stages = list(dict.fromkeys(lams.tolist()))
+        assert stages[0] == 1 and stages[1] < 0.1 < stages[2] < 1
+
+
 @pytest.mark.parametrize(
     "init, space, schedule, max_evals, n_starts",
     covering(
