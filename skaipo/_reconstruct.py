@@ -137,6 +137,8 @@ class Problem:
     lams : tuple of float
         Targets, ascending.
     smoothing : float
+    rough_only : bool
+        Smooth where the objective turns out to be rough, and not elsewhere.
     max_evals : int
     tol : float
     mle_solver : str
@@ -154,6 +156,7 @@ class Problem:
     penalty: str
     lams: tuple
     smoothing: float
+    rough_only: bool
     max_evals: int
     tol: float
     mle_solver: str
@@ -204,7 +207,7 @@ def unfinished(result, max_evals, tol, smoothing):
     ----------
     result : Reconstruction
     max_evals, tol, smoothing
-        The estimator's.
+        The estimator's; no smoothing where it is not for all rows.
 
     Yields
     ------
@@ -304,7 +307,8 @@ def _solve_rows(problem, y, starts, params):
     if len(starts) > 1:
         problem = replace(problem, max_evals=problem.max_evals // len(starts))
     runs, total, metric = [], 0, None
-    looks = 0 if not problem.smoothing else 1 if len(starts) == 1 else 3
+    smooths_all = problem.smoothing > 0 and not problem.rough_only
+    looks = 0 if not smooths_all else 1 if len(starts) == 1 else 3
     for start in starts:
         # One frozen module serves everything; a worker unpacks it once per chunk.
         objective = MAPObjective(
@@ -316,6 +320,7 @@ def _solve_rows(problem, y, starts, params):
             problem.penalty,
             params,
             problem.smoothing,
+            problem.rough_only,
         )
         if problem.surrogate is not None and problem.op.is_linear:
             # The same for every start: it knows of the measurements, not of the iterates.

@@ -159,6 +159,10 @@ class MAPObjective:
         which every evaluation sees one ``u``: unbiased, and exact no more. A row's ``u`` follows
         from how many evaluations it has had, each followed by its negative. Only for the density,
         in image space.
+    rough_only : bool, default=False
+        Smooth only where :meth:`evaluate` is told to: solvers do where a row turns out to be too
+        rough for its gradients. Whether there is ``smoothing`` a method asks
+        :attr:`smooths_all` or :attr:`smooths_rough`.
 
     Attributes
     ----------
@@ -172,7 +176,16 @@ class MAPObjective:
     """
 
     def __init__(
-        self, flow, op, noise, y, space="image", penalty="density", params=None, smoothing=0.0
+        self,
+        flow,
+        op,
+        noise,
+        y,
+        space="image",
+        penalty="density",
+        params=None,
+        smoothing=0.0,
+        rough_only=False,
     ):
         self.flow = flow
         self._evaluator = flow.compile_for_inference()
@@ -186,6 +199,17 @@ class MAPObjective:
         self.n_evals = torch.zeros(len(y), dtype=torch.long, device=y.device)
         self._metric = None
         self.smoothing = check_smoothing(smoothing, space, penalty)
+        self.rough_only = rough_only
+
+    @property
+    def smooths_all(self):
+        """Whether all evaluations see the density averaged."""
+        return self.smoothing > 0 and not self.rough_only
+
+    @property
+    def smooths_rough(self):
+        """Whether those evaluations do that are told to."""
+        return self.smoothing > 0 and self.rough_only
 
     @property
     def metric(self):
@@ -262,7 +286,7 @@ class MAPObjective:
             return self.flow.centre().expand(len(self), -1)
         return self.in_space("latent").image(self.y.new_zeros(len(self), self.n_features))
 
-    def evaluate(self, u, rows=None):
+    def evaluate(self, u, rows=None, smoothed=None):
         """Values and gradients of both terms.
 
         Parameters
@@ -270,6 +294,9 @@ class MAPObjective:
         u : torch.Tensor of shape (k, d)
         rows : torch.Tensor of shape (k,), default=None
             Which measurements the rows of ``u`` belong to; default: all, in order.
+        smoothed : torch.Tensor of shape (k,), bool, default=None
+            In which rows the density is averaged over ``smoothing``; default: in all, or with
+            ``rough_only`` in none.
 
         Returns
         -------
@@ -279,8 +306,11 @@ class MAPObjective:
         if rows is None:
             rows = torch.arange(len(self), device=u.device)
         self.n_evals[rows] += 1
-        terms = self._image_terms if self.space == "image" else self._latent_terms
-        return Evaluation(*terms(u.detach(), rows))
+        if self.space == "latent":
+            return Evaluation(*self._latent_terms(u.detach(), rows))
+        if smoothed is None:
+            smoothed = torch.full_like(rows, not self.rough_only, dtype=torch.bool)
+        return Evaluation(*self._image_terms(u.detach(), rows, smoothed))
 
     def _data_terms(self, x, rows):
         """The data term and its gradient with respect to the image."""
@@ -298,21 +328,23 @@ class MAPObjective:
         """The data term at images (k, d) alone, (k,): no flow is evaluated."""
         return self._data_terms(x, rows)[0]
 
-    def _nearby(self, x, rows):
+    def _nearby(self, x, rows, smoothed):
         """The images at which the density is looked at, in place of ``x``."""
+        if self.smoothing == 0 or not smoothed.any():
+            return x
         nth = self.n_evals[rows] - 1
         sign = 1 - 2 * (nth % 2)
         moved = x.clone()
         # (Rows that are solved together have had equally many, but for the few that were lost.)
         for pair in (nth // 2).unique().tolist():
-            here = nth // 2 == pair
+            here = smoothed & (nth // 2 == pair)
             u = to_tensor(_standard_normal(pair, x.shape[1])).to(x)
             moved[here] += self.smoothing * sign[here, None].to(x) * u
         return moved
 
-    def _image_terms(self, x, rows):
+    def _image_terms(self, x, rows, smoothed):
         data, grad_data = self._data_terms(x, rows)
-        z, log_det, pull = self._evaluator.linearize(self._nearby(x, rows) if self.smoothing else x)
+        z, log_det, pull = self._evaluator.linearize(self._nearby(x, rows, smoothed))
         log_prob = log_det + log_normal(z)
         density = self.penalty == "density"
         penalty = -log_prob if density else 0.5 * z.square().sum(1)

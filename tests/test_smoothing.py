@@ -16,10 +16,12 @@ from sklearn.exceptions import ConvergenceWarning
 from test_theory import TwoModes
 
 from skaipo import AIPORegressor, AIPORegressorCV, FixedLambdaMAP, FlowPrior, aipo_path
+from skaipo.datasets import load_digits_prior, load_digits_split
 from skaipo.flows import Glow
 from skaipo.noise import GaussianNoise
+from skaipo.objective import MAPObjective
 from skaipo.operators import CompressedSensing, Denoising, Inpainting, PhaseRetrieval
-from skaipo.solvers import GradientDescent, LatticeSchedule, TheorySchedule
+from skaipo.solvers import LBFGS, Adam, GradientDescent, Hybrid, LatticeSchedule, TheorySchedule
 
 NOISE = GaussianNoise(0.4)
 
@@ -377,6 +379,113 @@ def test_lambda_is_chosen_for_the_smoothed_objective():
     assert np.array_equal(search.predict(Y), one.predict(Y))
 
 
+# ------------------------------------------------------- where the objective is rough: "auto"
+
+
+class Rough(Adam):
+    """Adam that calls every row rough, from the first step."""
+
+    def rough_rows(self, memory, like):
+        return torch.ones_like(like, dtype=torch.bool)
+
+
+def digits(n):
+    clean = load_digits_split()[1][:n]
+    noise = GaussianNoise(3.0)
+    return load_digits_prior(), noise, noise.add_noise(clean, random_state=0)
+
+
+@pytest.mark.parametrize("schedule", ["direct", "geometric", "lattice"])
+def test_auto_is_exact_where_rows_converge_and_told_exactly_elsewhere(schedule):
+    prior, noise = FlowPrior(flow=Spike(), dequantize=0.6), GaussianNoise(0.7)
+    Y = np.linspace(-3, 3, 48)[:, None]
+    params = dict(prior=prior, noise=noise, max_evals=120, schedule=schedule)
+    result = AIPORegressor(Denoising(), **params).reconstruct(Y)
+    exact = AIPORegressor(Denoising(), smoothing=0, **params).reconstruct(Y)
+    assert (result.n_evals <= 120).all()
+    converged, short = result.status == "converged", result.status == "budget"
+    assert converged.sum() >= 40 and short.sum() >= 2, "on its flank the peak is rough"
+    np.testing.assert_array_equal(result.x[converged], exact.x[converged])
+    assert (np.abs(result.x - exact.x)[short] > 0.01).sum() >= 2, "it is another objective"
+    misfit = ((Y - result.x) ** 2).sum(1) / (2 * 0.7**2)
+    log_prob = prior.score_samples(result.x)
+    np.testing.assert_allclose(result.log_prob, log_prob, rtol=1e-5)
+    np.testing.assert_allclose(result.objective, misfit - log_prob, rtol=1e-5)
+
+
+def test_auto_averages_over_half_a_level():
+    """As with that number for all rows, where all of them are rough."""
+    settings = dict(noise=GaussianNoise(0.7), solver=Rough(), max_evals=1000)
+    Y = np.array([[1.2], [1.5], [-0.5]])
+    prior = FlowPrior(flow=Spike(), dequantize=0.6)
+    auto = AIPORegressor(Denoising(), prior=prior, **settings)
+    number = clone(auto).set_params(smoothing=0.3)
+    exact = clone(auto).set_params(smoothing=0)
+    np.testing.assert_allclose(auto.predict(Y), number.predict(Y), atol=0.05)
+    assert np.abs(auto.predict(Y) - exact.predict(Y))[:2].min() > 0.15
+    assert (auto.reconstruct(Y).n_evals == 1000).all()
+
+
+@pytest.mark.parametrize(
+    "params, prior_params",
+    [
+        ({}, dict(dequantize=None)),
+        ({}, {}),  # "auto": a wrapped flow does not tell
+        (dict(penalty="latent"), dict(dequantize=0.6)),
+        (dict(schedule="adaptive"), dict(dequantize=0.6)),
+        (dict(solver="adam"), dict(dequantize=0.6)),
+    ],
+)
+def test_auto_is_exact_otherwise(params, prior_params):
+    prior = FlowPrior(flow=Spike(), **prior_params)
+    settings = dict(prior=prior, noise=GaussianNoise(0.7), solver=Rough(), max_evals=60) | params
+    Y = np.array([[1.2], [1.5], [-0.5]])
+    results = [
+        AIPORegressor(Denoising(), smoothing=smoothing, **settings).reconstruct(Y)
+        for smoothing in ("auto", 0)
+    ]
+    np.testing.assert_array_equal(results[0].x, results[1].x)
+    np.testing.assert_array_equal(results[0].n_evals, results[1].n_evals)
+
+
+def test_auto_evaluates_as_often_as_it_says(monkeypatch):
+    prior, noise, Y = digits(n=8)  # 8 rows: no padding
+    rows = []
+    original = MAPObjective.evaluate
+
+    def counting(self, u, *args):
+        rows.append(len(u))
+        return original(self, u, *args)
+
+    monkeypatch.setattr(MAPObjective, "evaluate", counting)
+    solver = Hybrid(smooth=LBFGS(give_up=0.02))
+    for max_evals in (4, 5, 12, 41):
+        rows.clear()
+        model = AIPORegressor(
+            Denoising(), prior=prior, noise=noise, solver=solver, max_evals=max_evals
+        )
+        result = model.reconstruct(Y)
+        assert sum(rows) == result.n_evals.sum()
+        assert (result.n_evals <= max_evals).all()
+
+
+def test_with_auto_rows_do_not_depend_on_each_other():
+    prior, noise, Y = digits(n=7)
+    model = AIPORegressor(
+        Denoising(), prior=prior, noise=noise, solver=Hybrid(LBFGS(give_up=0.06)), max_evals=60
+    )
+    together = model.reconstruct(Y)
+    others = np.arange(7) != 3
+    for poison in (np.nan, 1e30, 7.0):
+        beside = Y.copy()
+        beside[3, 1:] = poison
+        beside[3, 0] = 0.0 if np.isnan(poison) else poison
+        assert np.array_equal(model.reconstruct(beside).x[others], together.x[others])
+    for n_jobs in (None, 2):
+        model.set_params(batch_size=3, n_jobs=n_jobs)
+        assert np.array_equal(model.reconstruct(Y).x, together.x)
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -386,7 +495,7 @@ def test_lambda_is_chosen_for_the_smoothed_objective():
         (dict(smoothing=-1.0), r"smoothing must be a finite number >= 0.*got -1\.0"),
         (dict(smoothing=np.nan), r"smoothing must be a finite number >= 0.*got nan"),
         (dict(smoothing=np.inf), r"smoothing must be a finite number >= 0.*got inf"),
-        (dict(smoothing="auto"), r"smoothing must be a finite number >= 0.*got 'auto'"),
+        (dict(smoothing="half"), r"smoothing must be 'auto' or a finite number >= 0.*got 'half'"),
         (dict(smoothing=True), r"smoothing must be a finite number >= 0.*got True"),
         (dict(smoothing=0.5, space="latent"), r"needs space='image'.*got space='latent'"),
         (dict(smoothing=0.5, penalty="latent"), r"penalty='density', got .*penalty='latent'"),

@@ -338,8 +338,19 @@ class Reconstructor(ShortRepr, BaseEstimator):
             raise ValueError(f"tol must be a number >= 0, got {self.tol!r}.")
         self._check_smoothing()
 
+    def _smooths_all(self):
+        """The smoothing that all rows are to have; 0.0 with "auto"."""
+        if not isinstance(self.smoothing, str):
+            return check_smoothing(self.smoothing, self.space, self.penalty)
+        if self.smoothing != "auto":
+            raise ValueError(
+                f"smoothing must be 'auto' or a finite number >= 0, in the units of the images, "
+                f"got {self.smoothing!r}."
+            )
+        return 0.0
+
     def _check_smoothing(self):
-        smoothing = check_smoothing(self.smoothing, self.space, self.penalty)
+        smoothing = self._smooths_all()
         if smoothing == 0:
             return
         if self.n_starts > 1 and self.max_evals < 8 * self.n_starts:
@@ -353,6 +364,18 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 f"schedule={self.schedule!r} goes by gradients that vanish: take another schedule, "
                 f"or set smoothing=0."
             )
+
+    def _width(self, prior, lams):
+        """Standard deviation of the noise over which the density is averaged, and where it is."""
+        schedule = self._schedule()
+        if schedule is None and lams == (0.0,):
+            return 0.0, False  # where the density does not count there is nothing to smooth
+        if not isinstance(self.smoothing, str):
+            return self._smooths_all(), False
+        by_density = (self.space, self.penalty) == ("image", "density")
+        if not by_density or isinstance(schedule, AdaptiveSchedule | TheorySchedule):
+            return 0.0, False
+        return 0.5 * getattr(prior, "dequantize_width", 0.0), True
 
     def _method(self):
         if isinstance(self.solver, Method):
@@ -420,18 +443,18 @@ class Reconstructor(ShortRepr, BaseEstimator):
         method = self._method()
         helps = self.space == "image" and method.wants_metric
         needed = "gaussian" in [start for start in starts if isinstance(start, str)]
-        schedule = self._schedule()
+        smoothing, rough_only = self._width(prior, lams)
         problem = Problem(
             prior=prior,
             op=op,
             noise=noise,
             method=method,
-            schedule=schedule,
+            schedule=self._schedule(),
             space=check_choice("space", self.space, SPACES),
             penalty=check_choice("penalty", self.penalty, PENALTIES),
             lams=lams,
-            # (Where the density does not count there is nothing to smooth.)
-            smoothing=0.0 if schedule is None and lams == (0.0,) else float(self.smoothing),
+            smoothing=smoothing,
+            rough_only=rough_only,
             max_evals=self.max_evals,
             tol=self.tol,
             mle_solver=check_choice("mle_solver", self.mle_solver, MLE_SOLVERS),
@@ -512,7 +535,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 f"{diverged} of {len(result.status)} rows diverged: their numbers overflowed and "
                 f"smaller steps did not help; what is returned for them is the best that was seen. "
                 f"Check the units of these measurements"
-                + (f" and of smoothing={self.smoothing:g}" if self.smoothing else "")
+                + (f" and of smoothing={self.smoothing:g}" if self._smooths_all() else "")
                 + "; see reconstruct(Y).status.",
                 ConvergenceWarning,
                 stacklevel=2,
@@ -535,6 +558,6 @@ class Reconstructor(ShortRepr, BaseEstimator):
     def _predict(self, Y, mask, checkpoint=None, op_params=None):
         """The reconstructions alone, with a warning that counts what did not converge."""
         result = self.reconstruct(Y, mask=mask, checkpoint=checkpoint, op_params=op_params)
-        for message in unfinished(result, self.max_evals, self.tol, self.smoothing):
+        for message in unfinished(result, self.max_evals, self.tol, self._smooths_all()):
             warnings.warn(message, ConvergenceWarning, stacklevel=2)
         return result.x

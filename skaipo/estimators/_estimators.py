@@ -119,7 +119,7 @@ class Continuation:
         solver="hybrid",
         space="image",
         penalty="density",
-        smoothing=0.0,
+        smoothing="auto",
         schedule="direct",
         init="auto",
         mle_solver="lbfgs",
@@ -195,16 +195,21 @@ class AIPORegressor(Continuation, Regressor):
         Variable of the optimisation: the image, or ``z`` with ``x = G(z)``.
     penalty : {"density", "latent"}, default="density"
         ``-log p_G(x)``, the same function in both spaces, or ``||z||^2 / 2``.
-    smoothing : float, default=0.0
+    smoothing : "auto" or float, default="auto"
         Standard deviation of noise, in the units of the images, over which ``log p_G`` is averaged:
         the solver then minimises ``nll(y, f(x)) - lam * E log p_G(x + smoothing * u)``, ``u``
         standard normal, one ``u`` per evaluation. Flows that were trained on integer levels know
         nothing of what is finer than a level, and their density has peaks there that are no
-        property of images; half a level to one (0.5 to 1 for images in 0..255) takes them out, and
-        gives decibels at ``lam=1`` and some tenths at the best lambda (``docs/solvers.md``). The
-        numbers that are reported are those of the exact objective at the result, which is not its
-        minimiser: above ``lam=0`` no row is called converged. Needs ``space="image"`` and
-        ``penalty="density"``, and a solver that bears noise in its gradients: "hybrid" or "adam".
+        property of images: averaging takes them out, and gives decibels at ``lam=1`` and some
+        tenths at the best lambda (``docs/solvers.md``). "auto": by half a level, if the prior was
+        trained with dequantisation, in those rows where the exact density is too rough for
+        quasi-Newton steps, so that "hybrid" goes over to Adam; rows before that, other solvers,
+        spaces and penalties and the schedules "adaptive" and theory see the exact one. A number:
+        in all rows, for which it needs ``space="image"``, ``penalty="density"`` and a solver that
+        bears noise in its gradients, "hybrid" or "adam". 0: the exact density throughout.
+
+        What is reported are the numbers of the exact objective at the result. Where that was
+        averaged its minimiser is another, and above ``lam=0`` such a row is not called converged.
     schedule : {"direct", "linear", "geometric", "lattice", "adaptive"} or schedule object, \
             default="direct"
         How lambda moves: not at all (the target from the first step), up in equal steps
@@ -426,7 +431,7 @@ class FixedLambdaMAP(Regressor):
         solver="adam",
         space="image",
         penalty="density",
-        smoothing=0.0,
+        smoothing="auto",
         mle_solver="pgd",
         n_starts=1,
         max_evals=300,

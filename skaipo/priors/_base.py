@@ -59,6 +59,10 @@ class Prior(
 ):
     """What every prior does with its fitted flow, ``self.flow_``."""
 
+    # Width of the uniform noise that was added to integer data, of which finer structure the
+    # density therefore knows nothing; 0: none.
+    dequantize_width = 0.0
+
     def _describe(self, value):
         if isinstance(value, torch.distributions.Distribution):
             return f"<{type(value).__name__}>"

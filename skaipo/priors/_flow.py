@@ -90,7 +90,8 @@ class FlowPrior(Prior):
         Dropout in the coupling networks while training; helps on small data.
     dequantize : "auto", None or float, default="auto"
         Width of the uniform noise that is added to the training data, centred at zero. "auto":
-        1 if all training values are integers (grey levels), otherwise none.
+        1 if all training values are integers (grey levels), otherwise none. Of a trained flow:
+        what it was trained with, if that is known.
     horizontal_flips : bool, default=False
         Mirror training images at random.
     max_epochs : int, default=100
@@ -241,6 +242,13 @@ class FlowPrior(Prior):
         if "_wrapped" in vars(self):
             other.__dict__["_wrapped"] = self.__dict__["_wrapped"]
         return other
+
+    @property
+    def dequantize_width(self):
+        """float : width of the noise in the data, as far as known: of the training, or declared."""
+        if hasattr(self, "dequantize_level_"):
+            return self.dequantize_level_
+        return 0.0 if isinstance(self.dequantize, str) else self._level(None)
 
     def fit(self, X, y=None):
         """Train the flow by maximum likelihood. A wrapped, already trained flow is left as it is.

@@ -88,6 +88,10 @@ class Method(CheckedKeywords, BaseEstimator):
     def soften(self, memory, rows):
         """Forget the past and take smaller steps in the rows of a boolean mask."""
 
+    def rough_rows(self, memory, like):
+        """Rows (n,) whose objective turned out to be too rough to go by its gradients, if any."""
+        return torch.zeros_like(like, dtype=torch.bool)
+
     def stalled(self, memory, idle):
         """Rows that will not get any further, shape (n,). ``idle``: evaluations without decrease"""
         if self.patience is None:
@@ -145,17 +149,23 @@ def minimize(
     Returns
     -------
     solution : Solution
-        The converged iterate where there is one, otherwise the best that was seen. Of an objective
-        with smoothing the last iterate that has not run away: its values cannot be compared, nor
-        its gradient trusted to vanish, so that no row is ever called converged.
+        The converged iterate where there is one, otherwise the best that was seen. In rows whose
+        objective is smoothed the last iterate that has not run away: values cannot be compared
+        there, nor gradients trusted to vanish, so that no such row is ever called converged.
     """
     n = len(objective)
     method = method.prepare(objective)
     start = objective.n_evals.clone()
     budget = torch.zeros_like(start) + max_evals
-    noisy = getattr(objective, "smoothing", 0) > 0
-    if noisy:
-        tol = -1.0
+    smooths_all = getattr(objective, "smooths_all", False)
+    smooths_rough = getattr(objective, "smooths_rough", False)
+
+    def smoothed():
+        """Which of the active rows see the density averaged."""
+        if smooths_rough:
+            return method.rough_rows(memory, rows)
+        return torch.full_like(rows, smooths_all, dtype=torch.bool)
+
     if evaluation is None:
         evaluation = objective.evaluate(u)
     if memory is None:
@@ -182,6 +192,8 @@ def minimize(
         reference=evaluation.value(lam),
         lowest=evaluation.value(lam),
         idle=torch.zeros_like(rows),
+        # Whether the best point was seen with the density averaged, which other points were not.
+        hazy=torch.zeros_like(rows, dtype=torch.bool),
     )
     best = evaluation
     final = Solution(
@@ -209,6 +221,12 @@ def minimize(
         # A converged row returns its own iterate, every other row the best that it has seen.
         stationary = status[rows] == CONVERGED
         chosen = best.where(stationary, evaluation)
+        if smooths_rough and (hazy := done & active["hazy"]).any():
+            # What is told of the point is exact: one evaluation of the budget was kept for it.
+            exact = objective.evaluate(active["best_u"][hazy], rows[hazy])
+            status[rows[hazy][~exact.finite(active["lam"][hazy])]] = DIVERGED
+            for name, values in vars(chosen).items():
+                values[hazy] = getattr(exact, name)
         finished, keep = rows[done], ~done
         final.u[finished] = torch.where(stationary[:, None], active["u"], active["best_u"])[done]
         for name, values in vars(final.evaluation).items():
@@ -223,9 +241,9 @@ def minimize(
     memory = dict(memory)
     while True:
         # 1. Stop what is done.
-        flat = (evaluation.relative_gradient(active["lam"]) <= active["tol"]) & (
-            status[rows] == _RUNNING
-        )
+        noisy = smoothed()
+        flat = evaluation.relative_gradient(active["lam"]) <= active["tol"]
+        flat &= (status[rows] == _RUNNING) & ~noisy
         # Stationary, but a better point was seen: go back there and take smaller steps.
         worse = flat & (
             evaluation.value(active["lam"])
@@ -239,7 +257,8 @@ def minimize(
             active["restarts"] += worse
             go_back(worse)
         running = status[rows] == _RUNNING
-        status[rows[running & (objective.n_evals[rows] >= active["budget"])]] = BUDGET
+        spent = objective.n_evals[rows] + (noisy if smooths_rough else 0)
+        status[rows[running & (spent >= active["budget"])]] = BUDGET
         running = status[rows] == _RUNNING
         status[rows[running & method.stalled(memory, active["idle"])]] = STALLED
         settle()
@@ -253,7 +272,9 @@ def minimize(
         else:
             progress = torch.zeros_like(active["lam"])
         trial = method.propose(memory, active["u"], evaluation, active["lam"], progress)
-        trial_evaluation = objective.evaluate(trial, rows)
+        noisy = smoothed()
+        where = (noisy,) if smooths_rough else ()
+        trial_evaluation = objective.evaluate(trial, rows, *where)
         ok = trial_evaluation.finite(active["lam"])
         accept = ok & method.update(
             memory, active["u"], evaluation, trial, trial_evaluation, active["lam"], ok
@@ -261,12 +282,14 @@ def minimize(
         active["u"] = torch.where(accept[:, None], trial, active["u"])
         evaluation = evaluation.where(accept, trial_evaluation)
         better = ok & (trial_evaluation.value(active["lam"]) < best.value(active["lam"]))
-        if noisy:
+        if noisy.any():
             # The last one, unless it has run away: noise is a matter of some nats per dimension.
             value = trial_evaluation.value(active["lam"])
             active["lowest"] = torch.where(ok, active["lowest"].minimum(value), active["lowest"])
             noise = 10 * active["lam"] * (1 + u.shape[1])
-            better = accept & (value <= active["lowest"] + active["lowest"].abs() + noise)
+            last = accept & (value <= active["lowest"] + active["lowest"].abs() + noise)
+            better = torch.where(noisy, last, better)
+            active["hazy"] |= better & noisy
         best = best.where(better, trial_evaluation)
         active["best_u"] = torch.where(better[:, None], trial, active["best_u"])
         # Decreases add up until they are more than rounding.

@@ -54,7 +54,7 @@ class Hybrid(Method):
     def prepare(self, objective):
         prepared = copy.copy(self)
         prepared.smooth, prepared.rough = (method.prepare(objective) for method in self._both())
-        prepared._noisy = getattr(objective, "smoothing", 0) > 0
+        prepared._noisy = getattr(objective, "smooths_all", False)
         return prepared
 
     def start(self, objective, u, evaluation, lam):
@@ -147,6 +147,9 @@ class Hybrid(Method):
             smooth.soften(own, rows & ~memory["changed"])
         with self._part(memory, "rough") as (rough, own):
             rough.soften(own, rows & memory["changed"])
+
+    def rough_rows(self, memory, like):
+        return memory["changed"]
 
     def stalled(self, memory, idle):
         with self._part(memory, "smooth") as (smooth, own):
