@@ -60,7 +60,7 @@ def compare(op, noise, X, lams, options, seed):
     Y = op(X)
     Y = Y + noise.sigma * np.random.default_rng(seed).standard_normal(Y.shape)
     folds = KFold(3)
-    shared = dict(noise=noise, **options)
+    shared = dict(noise=noise, smoothing=0, **options)
     start = clock()
     path = AIPORegressorCV(
         op, lams=lams, cv=folds, scoring=reconstruction_error_scorer, **shared

@@ -412,7 +412,8 @@ def reconstruct(args, rows):
         kinds = ("reference", "fused", *(["native"] if library() else []))
         for kernels in kinds:
             os.environ["SKAIPO_KERNELS"] = kernels
-            model = AIPORegressor(op, 1.0, prior=prior, noise=noise, max_evals=args.evals)
+            settings = dict(noise=noise, max_evals=args.evals, smoothing=0)
+            model = AIPORegressor(op, 1.0, prior=prior, **settings)
             start = time.perf_counter()
             results[kernels] = model.reconstruct(Y)
             times[kernels] = time.perf_counter() - start

@@ -187,7 +187,7 @@ TASKS = {
 
 
 def solve(prior, op, noise, y, lam, max_evals):
-    model = AIPORegressor(op, lam, prior=prior, noise=noise, max_evals=max_evals)
+    model = AIPORegressor(op, lam, prior=prior, noise=noise, max_evals=max_evals, smoothing=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.predict(y)

@@ -53,12 +53,12 @@ def operators(seed):
 
 def methods(solver):
     if solver == "adam":
-        rest = dict(solver="adam", mle_solver="pgd")
+        rest = dict(solver="adam", mle_solver="pgd", smoothing=0)
         yield AIPO[1], AIPORegressor, dict(schedule="linear", init="mle", **rest)
     else:
-        rest = dict(solver=solver, mle_solver="lbfgs")
+        rest = dict(solver=solver, mle_solver="lbfgs", smoothing=0)
         if solver == "latent":
-            rest = dict(solver="lbfgs", space="latent", mle_solver="lbfgs")
+            rest = dict(solver="lbfgs", space="latent", mle_solver="lbfgs", smoothing=0)
         yield AIPO[0], AIPORegressor, rest
         yield AIPO[1], AIPORegressor, dict(schedule="linear", init="mle", **rest)
     for start in ("mle", "zero", "random"):

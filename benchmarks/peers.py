@@ -8,7 +8,8 @@
 Total variation (Chambolle) and wavelet shrinkage for denoising and biharmonic inpainting, all of
 scikit-image; the Lasso in a DCT basis of scikit-learn for compressed sensing; the closed-form MAP
 under a Gaussian with the training faces' mean and covariance; the procedure of GlowIP (Asim et al.,
-2020); deepinv's TV-regularised least squares where deepinv is installed; and skaipo as it comes.
+2020); deepinv's TV-regularised least squares where deepinv is installed; and skaipo with the exact
+density.
 
 Every method's parameter is chosen on validation faces, and its images are clipped to 0..255. What a
 method gave per image is kept in ``benchmarks/results/peers/`` and not computed again; rows with
@@ -31,8 +32,8 @@ import torch
 from scipy.fft import idctn
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso
+from solvers import EXACT, RESULTS, SHAPE, TASKS, measure
 from solvers import METHODS as SOLVERS
-from solvers import RESULTS, SHAPE, TASKS, measure
 from train_faces_prior import DATA, load_faces
 
 import skaipo
@@ -174,8 +175,9 @@ def deepinv_tv(setting, op, noise, y, lam):
     return 255 * x.detach().numpy()
 
 
-def default(setting, op, noise, y, lam):
-    model = AIPORegressor(op, lam, prior=setting.prior, noise=noise, max_evals=setting.args.evals)
+def exact(setting, op, noise, y, lam):
+    settings = dict(noise=noise, smoothing=0, max_evals=setting.args.evals)
+    model = AIPORegressor(op, lam, prior=setting.prior, **settings)
     return model.reconstruct(y).x.reshape(-1, *SHAPE)
 
 
@@ -185,7 +187,7 @@ DENOISERS = {
     "wavelets": (wavelet, (0.3, 0.5, 1.0, 1.5, 2.0, 3.0)),
 }
 COMMON = {
-    "skaipo": (default, LAMS),
+    EXACT: (exact, LAMS),
     "Gaussian MAP": (gaussian, (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)),
     "GlowIP": (glow_ip, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)),
 }
@@ -261,7 +263,7 @@ def main():
                 print(f"{task:11s}{name}: left out, {error}", flush=True)
                 continue
             cells[name] = cell
-            gain = paired_interval(cells["skaipo"]["psnr"] - cell["psnr"], seed=args.seed)
+            gain = paired_interval(cells[EXACT]["psnr"] - cell["psnr"], seed=args.seed)
             rows.append(
                 dict(
                     task=task, method=name, parameter=parameter, images=args.images,

@@ -96,7 +96,7 @@ def test_arithmetic_of_the_table(paper, report):
         "Adam, zero": method([[0, 4, 2], [0, 4, 2]], flat),
         "Adam, random": method([[9, math.nan, 9], [9, 9, 9]], flat),
         paper.OURS: method([[0, 0, 0], [0, 0, 0]], [[23, 23, 23], [23, 23, 23]]),
-        paper.SMOOTHED: method([[0, 0, 0], [0, 0, 0]], [[21, 21, 21], [21, 21, 21]]),
+        paper.EXACT: method([[0, 0, 0], [0, 0, 0]], [[21, 21, 21], [21, 21, 21]]),
     }
     rows = paper.summarise(results)
     assert rows[paper.AIPO]["objective"] == 3
@@ -125,7 +125,7 @@ def test_arithmetic_of_the_table(paper, report):
     group = {name: {k: str(v) for k, v in row.items()} for name, row in rows.items()}
     assert report.best_of(group) == "Adam, mle"
     assert report.reached(group["Adam, mle"]) == "yes, within the interval"
-    assert rows["Adam, mle"]["gain_smoothed"] == -2 and rows[paper.SMOOTHED]["gain"] == 2
+    assert rows["Adam, mle"]["gain_exact"] == -2 and rows[paper.EXACT]["gain"] == 2
     assert report.reached(group["Adam, mle"], "gain_smoothed") == "no"
     assert report.reached(group["Adam, zero"]) == "yes"
 
