@@ -200,14 +200,16 @@ def far_off(result, flow, penalty):
     )
 
 
-def unfinished(result, max_evals, tol, smoothing):
+def unfinished(result, max_evals, tol, smoothing, rough_only):
     """What to say of the rows that did not converge, one message per kind.
 
     Parameters
     ----------
     result : Reconstruction
-    max_evals, tol, smoothing
-        The estimator's; no smoothing where it is not for all rows.
+    max_evals, tol
+        The estimator's.
+    smoothing, rough_only
+        The problem's.
 
     Yields
     ------
@@ -220,7 +222,7 @@ def unfinished(result, max_evals, tol, smoothing):
             f"{n} rows; what is returned for them is the one that came "
             f"closest. With noise that is to be expected at lam=0: use a lam above it."
         )
-    if smoothing and result.lam > 0:
+    if smoothing and not rough_only and result.lam > 0:
         # That they end with the budget is what was asked for.
         if counts["stalled"]:
             yield (
@@ -232,8 +234,14 @@ def unfinished(result, max_evals, tol, smoothing):
             f"{counts['budget'] + counts['stalled']} of {n} rows stopped before they converged "
             f"({counts['budget']} ran out of evaluations with max_evals={max_evals}, "
             f"{counts['stalled']} stalled). Raise max_evals, or, where that changes "
-            f"little, tol={tol:g}: a row that has stalled gets no further. See "
-            f"reconstruct(Y).status."
+            f"little, tol={tol:g}: a row that has stalled gets no further. "
+            + (
+                "Rows in which the density is too rough for L-BFGS are solved by its average "
+                "(smoothing='auto') and never called converged. "
+                if smoothing
+                else ""
+            )
+            + "See reconstruct(Y).status."
         )
 
 

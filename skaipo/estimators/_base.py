@@ -373,7 +373,8 @@ class Reconstructor(ShortRepr, BaseEstimator):
         if not isinstance(self.smoothing, str):
             return self._smooths_all(), False
         by_density = (self.space, self.penalty) == ("image", "density")
-        if not by_density or isinstance(schedule, AdaptiveSchedule | TheorySchedule):
+        tells = type(self._method()).rough_rows is not Method.rough_rows
+        if not (by_density and tells) or isinstance(schedule, AdaptiveSchedule | TheorySchedule):
             return 0.0, False
         return 0.5 * getattr(prior, "dequantize_width", 0.0), True
 
@@ -558,6 +559,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
     def _predict(self, Y, mask, checkpoint=None, op_params=None):
         """The reconstructions alone, with a warning that counts what did not converge."""
         result = self.reconstruct(Y, mask=mask, checkpoint=checkpoint, op_params=op_params)
-        for message in unfinished(result, self.max_evals, self.tol, self._smooths_all()):
+        smoothing, rough_only = self._width(self._ready_prior(), (result.lam,))
+        for message in unfinished(result, self.max_evals, self.tol, smoothing, rough_only):
             warnings.warn(message, ConvergenceWarning, stacklevel=2)
         return result.x
