@@ -238,7 +238,7 @@ def unfinished(result, max_evals, tol, smoothing, rough_only):
             + (
                 "Rows in which the density is too rough for L-BFGS are solved by its average "
                 "(smoothing='auto') and never called converged. "
-                if smoothing
+                if smoothing and result.lam > 0
                 else ""
             )
             + "See reconstruct(Y).status."

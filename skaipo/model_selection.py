@@ -387,7 +387,7 @@ class AIPORegressorCV(Continuation, Regressor):
                 n_evals += spent
             for i, result in enumerate(results):
                 # (With smoothing they end with the budget, as was asked for.)
-                fine = ("converged", "budget") if self._smooths_all() else ("converged",)
+                fine = ("converged", "budget") if self._common_smoothing() else ("converged",)
                 short += int((~np.isin(result.status, fine)).sum())
                 solved += len(result.status)
                 if getattr(self, "_one_output", False):

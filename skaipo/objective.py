@@ -160,9 +160,8 @@ class MAPObjective:
         from how many evaluations it has had, each followed by its negative. Only for the density,
         in image space.
     rough_only : bool, default=False
-        Smooth only where :meth:`evaluate` is told to: solvers do where a row turns out to be too
-        rough for its gradients. Whether there is ``smoothing`` a method asks
-        :attr:`smooths_all` or :attr:`smooths_rough`.
+        Smooth only where :meth:`evaluate` is told to, as solvers do in rows that turn out to be too
+        rough for their gradients.
 
     Attributes
     ----------
@@ -335,8 +334,8 @@ class MAPObjective:
         nth = self.n_evals[rows] - 1
         sign = 1 - 2 * (nth % 2)
         moved = x.clone()
-        # (Rows that are solved together have had equally many, but for the few that were lost.)
-        for pair in (nth // 2).unique().tolist():
+        # (Rows that are solved together mostly have had equally many.)
+        for pair in (nth // 2)[smoothed].unique().tolist():
             here = smoothed & (nth // 2 == pair)
             u = to_tensor(_standard_normal(pair, x.shape[1])).to(x)
             moved[here] += self.smoothing * sign[here, None].to(x) * u

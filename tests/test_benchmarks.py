@@ -126,7 +126,7 @@ def test_arithmetic_of_the_table(paper, report):
     assert report.best_of(group) == "Adam, mle"
     assert report.reached(group["Adam, mle"]) == "yes, within the interval"
     assert rows["Adam, mle"]["gain_exact"] == -2 and rows[paper.EXACT]["gain"] == 2
-    assert report.reached(group["Adam, mle"], "gain_smoothed") == "no"
+    assert report.reached(group["Adam, mle"], "gain_exact") == "no"
     assert report.reached(group["Adam, zero"]) == "yes"
 
 

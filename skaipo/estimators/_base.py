@@ -37,8 +37,10 @@ from skaipo.solvers import (
     MLE_SOLVERS,
     Adam,
     AdaptiveSchedule,
+    DirectSchedule,
     GradientDescent,
     Hybrid,
+    LatticeSchedule,
     Method,
     TheorySchedule,
     surrogate_of,
@@ -338,7 +340,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
             raise ValueError(f"tol must be a number >= 0, got {self.tol!r}.")
         self._check_smoothing()
 
-    def _smooths_all(self):
+    def _common_smoothing(self):
         """The smoothing that all rows are to have; 0.0 with "auto"."""
         if not isinstance(self.smoothing, str):
             return check_smoothing(self.smoothing, self.space, self.penalty)
@@ -350,7 +352,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
         return 0.0
 
     def _check_smoothing(self):
-        smoothing = self._smooths_all()
+        smoothing = self._common_smoothing()
         if smoothing == 0:
             return
         if self.n_starts > 1 and self.max_evals < 8 * self.n_starts:
@@ -371,10 +373,12 @@ class Reconstructor(ShortRepr, BaseEstimator):
         if schedule is None and lams == (0.0,):
             return 0.0, False  # where the density does not count there is nothing to smooth
         if not isinstance(self.smoothing, str):
-            return self._smooths_all(), False
+            return self._common_smoothing(), False
         by_density = (self.space, self.penalty) == ("image", "density")
         tells = type(self._method()).rough_rows is not Method.rough_rows
-        if not (by_density and tells) or isinstance(schedule, AdaptiveSchedule | TheorySchedule):
+        # (The stages of the other schedules are too short to average, or go by exact gradients.)
+        steady = schedule is None or isinstance(schedule, DirectSchedule | LatticeSchedule)
+        if not (by_density and tells and steady):
             return 0.0, False
         return 0.5 * getattr(prior, "dequantize_width", 0.0), True
 
@@ -536,7 +540,7 @@ class Reconstructor(ShortRepr, BaseEstimator):
                 f"{diverged} of {len(result.status)} rows diverged: their numbers overflowed and "
                 f"smaller steps did not help; what is returned for them is the best that was seen. "
                 f"Check the units of these measurements"
-                + (f" and of smoothing={self.smoothing:g}" if self._smooths_all() else "")
+                + (f" and of smoothing={self.smoothing:g}" if self._common_smoothing() else "")
                 + "; see reconstruct(Y).status.",
                 ConvergenceWarning,
                 stacklevel=2,

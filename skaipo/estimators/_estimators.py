@@ -203,8 +203,9 @@ class AIPORegressor(Continuation, Regressor):
         property of images: averaging takes them out, and gives decibels at ``lam=1`` and some
         tenths at the best lambda (``docs/solvers.md``). "auto": by half a level, if the prior was
         trained with dequantisation, in those rows where the exact density is too rough for
-        quasi-Newton steps, so that "hybrid" goes over to Adam; rows before that, other solvers,
-        spaces and penalties and the schedules "adaptive" and theory see the exact one. A number:
+        quasi-Newton steps, so that "hybrid" goes over to Adam, with a fixed lambda and with the
+        schedules "direct" and "lattice"; other rows, schedules, solvers, spaces and penalties see
+        the exact one. A number:
         in all rows, for which it needs ``space="image"``, ``penalty="density"`` and a solver that
         bears noise in its gradients, "hybrid" or "adam". 0: the exact density throughout.
 

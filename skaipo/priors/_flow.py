@@ -246,9 +246,9 @@ class FlowPrior(Prior):
     @property
     def dequantize_width(self):
         """float : width of the noise in the data, as far as known: of the training, or declared."""
-        if hasattr(self, "dequantize_level_"):
-            return self.dequantize_level_
-        return 0.0 if isinstance(self.dequantize, str) else self._level(None)
+        if not is_flow(self.flow):
+            return getattr(self, "dequantize_level_", 0.0)
+        return 0.0 if self.dequantize == "auto" else self._level(None)
 
     def fit(self, X, y=None):
         """Train the flow by maximum likelihood. A wrapped, already trained flow is left as it is.
@@ -411,7 +411,7 @@ class FlowPrior(Prior):
         prior : FlowPrior
             It wraps this prior's flow, without copying it.
         """
-        return FlowPrior(flow=self.flow_)
+        return FlowPrior(flow=self.flow_, dequantize=self.dequantize_width)
 
     def save(self, path):
         """Write the prior to a ``.safetensors`` file: weights, and a JSON config as metadata.
@@ -438,7 +438,7 @@ class FlowPrior(Prior):
         info = {
             "flow": flow.config(),
             "dtype": str(flow.loc.dtype).removeprefix("torch."),
-            "dequantize_level": getattr(self, "dequantize_level_", 0.0),
+            "dequantize_level": self.dequantize_width,
         }
         write_file(path, flow.state_dict(), info)
 

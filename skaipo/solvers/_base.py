@@ -88,8 +88,15 @@ class Method(CheckedKeywords, BaseEstimator):
     def soften(self, memory, rows):
         """Forget the past and take smaller steps in the rows of a boolean mask."""
 
+    # Whether it can do with gradients that have noise in them.
+    bears_noise = False
+
     def rough_rows(self, memory, like):
-        """Rows (n,) whose objective turned out to be too rough to go by its gradients, if any."""
+        """Rows (n,), bool, whose objective turned out to be too rough to go by its gradients.
+
+        Once rough, a row stays so. Where the objective allows it (``smooths_rough``) it is
+        evaluated as an average there from now on, so that the row is never called converged.
+        """
         return torch.zeros_like(like, dtype=torch.bool)
 
     def stalled(self, memory, idle):
@@ -161,7 +168,7 @@ def minimize(
     smooths_rough = getattr(objective, "smooths_rough", False)
 
     def smoothed():
-        """Which of the active rows see the density averaged."""
+        """Which of the active rows see the density averaged in the next trial."""
         if smooths_rough:
             return method.rough_rows(memory, rows)
         return torch.full_like(rows, smooths_all, dtype=torch.bool)
@@ -192,8 +199,9 @@ def minimize(
         reference=evaluation.value(lam),
         lowest=evaluation.value(lam),
         idle=torch.zeros_like(rows),
-        # Whether the best point was seen with the density averaged, which other points were not.
-        hazy=torch.zeros_like(rows, dtype=torch.bool),
+        # Whether the density was averaged in the evaluations of this point, and of the best.
+        averaged=torch.full_like(rows, smooths_all, dtype=torch.bool),
+        best_averaged=torch.full_like(rows, smooths_all, dtype=torch.bool),
     )
     best = evaluation
     final = Solution(
@@ -208,6 +216,7 @@ def minimize(
         """Return to the best point with smaller steps, in the rows of a mask."""
         nonlocal evaluation
         active["u"] = torch.where(mask[:, None], active["best_u"], active["u"])
+        active["averaged"] = torch.where(mask, active["best_averaged"], active["averaged"])
         evaluation = evaluation.where(mask, best)
         method.soften(memory, mask)
         method.retarget(memory, active["u"], evaluation, active["lam"], mask)
@@ -221,12 +230,13 @@ def minimize(
         # A converged row returns its own iterate, every other row the best that it has seen.
         stationary = status[rows] == CONVERGED
         chosen = best.where(stationary, evaluation)
-        if smooths_rough and (hazy := done & active["hazy"]).any():
+        again = done & ~stationary & active["best_averaged"]
+        if smooths_rough and again.any():
             # What is told of the point is exact: one evaluation of the budget was kept for it.
-            exact = objective.evaluate(active["best_u"][hazy], rows[hazy])
-            status[rows[hazy][~exact.finite(active["lam"][hazy])]] = DIVERGED
+            exact = objective.evaluate(active["best_u"][again], rows[again])
+            status[rows[again][~exact.finite(active["lam"][again])]] = DIVERGED
             for name, values in vars(chosen).items():
-                values[hazy] = getattr(exact, name)
+                values[again] = getattr(exact, name)
         finished, keep = rows[done], ~done
         final.u[finished] = torch.where(stationary[:, None], active["u"], active["best_u"])[done]
         for name, values in vars(final.evaluation).items():
@@ -241,9 +251,8 @@ def minimize(
     memory = dict(memory)
     while True:
         # 1. Stop what is done.
-        noisy = smoothed()
         flat = evaluation.relative_gradient(active["lam"]) <= active["tol"]
-        flat &= (status[rows] == _RUNNING) & ~noisy
+        flat &= (status[rows] == _RUNNING) & ~active["averaged"]
         # Stationary, but a better point was seen: go back there and take smaller steps.
         worse = flat & (
             evaluation.value(active["lam"])
@@ -257,10 +266,13 @@ def minimize(
             active["restarts"] += worse
             go_back(worse)
         running = status[rows] == _RUNNING
-        spent = objective.n_evals[rows] + (noisy if smooths_rough else 0)
-        status[rows[running & (spent >= active["budget"])]] = BUDGET
+        status[rows[running & (objective.n_evals[rows] >= active["budget"])]] = BUDGET
         running = status[rows] == _RUNNING
         status[rows[running & method.stalled(memory, active["idle"])]] = STALLED
+        if smooths_rough:
+            # (Which may just have handed rows over.)
+            running = (status[rows] == _RUNNING) & smoothed()
+            status[rows[running & (objective.n_evals[rows] + 1 >= active["budget"])]] = BUDGET
         settle()
         if len(rows) == 0:
             return final
@@ -281,15 +293,16 @@ def minimize(
         )
         active["u"] = torch.where(accept[:, None], trial, active["u"])
         evaluation = evaluation.where(accept, trial_evaluation)
-        better = ok & (trial_evaluation.value(active["lam"]) < best.value(active["lam"]))
+        active["averaged"] = torch.where(accept, noisy, active["averaged"])
+        value = trial_evaluation.value(active["lam"])
+        better = ok & (value < best.value(active["lam"]))
+        active["lowest"] = torch.where(ok, active["lowest"].minimum(value), active["lowest"])
         if noisy.any():
             # The last one, unless it has run away: noise is a matter of some nats per dimension.
-            value = trial_evaluation.value(active["lam"])
-            active["lowest"] = torch.where(ok, active["lowest"].minimum(value), active["lowest"])
             noise = 10 * active["lam"] * (1 + u.shape[1])
             last = accept & (value <= active["lowest"] + active["lowest"].abs() + noise)
             better = torch.where(noisy, last, better)
-            active["hazy"] |= better & noisy
+        active["best_averaged"] = torch.where(better, noisy, active["best_averaged"])
         best = best.where(better, trial_evaluation)
         active["best_u"] = torch.where(better[:, None], trial, active["best_u"])
         # Decreases add up until they are more than rounding.

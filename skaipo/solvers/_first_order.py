@@ -58,6 +58,7 @@ class Adam(Method):
         self.preconditioner = preconditioner
 
     _metric = None
+    bears_noise = True
 
     def prepare(self, objective):
         return with_metric(self, objective)

@@ -149,7 +149,8 @@ class Hybrid(Method):
             rough.soften(own, rows & memory["changed"])
 
     def rough_rows(self, memory, like):
-        return memory["changed"]
+        _, rough = self._both()
+        return memory["changed"] & rough.bears_noise
 
     def stalled(self, memory, idle):
         with self._part(memory, "smooth") as (smooth, own):
