@@ -40,6 +40,7 @@ lams, X_path, path, n_evals = aipo_path(
     lams=np.geomspace(0.03, 30, 11),
     noise=noise,
     max_evals=240,
+    smoothing=0,  # the exact log-density, which is looked at below
     return_details=True,
 )
 print(f"{len(lams)} lambdas: {n_evals / len(X):.0f} flow evaluations per digit, all together")
@@ -114,7 +115,8 @@ plt.show()
 # measured. Use the path to choose lambda, and a single solve for the result.
 
 for k in (by_truth, len(lams) - 1):
-    model = AIPORegressor(Denoising(), lams[k], prior=prior, noise=noise, max_evals=240)
+    settings = dict(prior=prior, noise=noise, max_evals=240, smoothing=0)
+    model = AIPORegressor(Denoising(), lams[k], **settings)
     result = model.reconstruct(Y)
     print(
         f"lambda {lams[k]:5.2g}: mean objective {path[k].objective.mean():7.1f} on the path, "

@@ -380,7 +380,8 @@ class Reconstructor(ShortRepr, BaseEstimator):
         steady = schedule is None or isinstance(schedule, DirectSchedule | LatticeSchedule)
         if not (by_density and tells and steady):
             return 0.0, False
-        return 0.5 * getattr(prior, "dequantize_width", 0.0), True
+        width = 0.5 * getattr(prior, "dequantize_width", 0.0)
+        return width, width > 0
 
     def _method(self):
         if isinstance(self.solver, Method):
