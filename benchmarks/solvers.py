@@ -270,7 +270,7 @@ class Bench:
     def compare(self, flow, task):
         for budget in self.args.budgets:
             n = self.args.images if budget <= 300 else min(self.args.images, self.args.long_images)
-            base = None
+            base, ours = None, {}
             for method in ("AIPO, Adam", *(m for m in self.args.methods if m != "AIPO, Adam")):
                 lam, rate = self.tuned(flow, task, method, budget)
                 cell = self.method(flow, task, "test", n, method, lam, budget, rate)
@@ -278,6 +278,12 @@ class Bench:
                 failed = int((~(cell["psnr"] > 10)).sum())
                 mean, low, high = interval(cell["psnr"], self.args.seed)
                 gain = interval(cell["psnr"] - base["psnr"], self.args.seed)
+                ours[method] = cell["psnr"]
+                pair = {}
+                if method == EXACT and "skaipo" in ours:
+                    pair = interval(ours["skaipo"] - cell["psnr"], self.args.seed)
+                    names = ("default_minus_it", "default_minus_it_low", "default_minus_it_high")
+                    pair = dict(zip(names, pair, strict=True))
                 self.row(
                     "compare",
                     flow,
@@ -297,6 +303,7 @@ class Bench:
                     n_evals=float(np.max(cell["n_evals"])),
                     seconds=float(cell["seconds"][0]),
                     failed=failed,
+                    **pair,
                 )
 
     def reach(self, flow, task):

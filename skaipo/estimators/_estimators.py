@@ -205,9 +205,9 @@ class AIPORegressor(Continuation, Regressor):
         trained with dequantisation, in those rows where the exact density is too rough for
         quasi-Newton steps, so that "hybrid" goes over to Adam, with a fixed lambda and with the
         schedules "direct" and "lattice"; other rows, schedules, solvers, spaces and penalties see
-        the exact one. A number:
-        in all rows, for which it needs ``space="image"``, ``penalty="density"`` and a solver that
-        bears noise in its gradients, "hybrid" or "adam". 0: the exact density throughout.
+        the exact one. A number: in all rows, which needs ``space="image"``, ``penalty="density"``
+        and a solver that bears noise in its gradients, "hybrid" or "adam". 0: the exact density
+        throughout.
 
         What is reported are the numbers of the exact objective at the result. Where that was
         averaged its minimiser is another, and above ``lam=0`` such a row is not called converged.

@@ -411,7 +411,7 @@ class FlowPrior(Prior):
         prior : FlowPrior
             It wraps this prior's flow, without copying it.
         """
-        return FlowPrior(flow=self.flow_, dequantize=self.dequantize_width)
+        return FlowPrior(flow=self.flow_, dequantize=self.dequantize_width or "auto")
 
     def save(self, path):
         """Write the prior to a ``.safetensors`` file: weights, and a JSON config as metadata.
