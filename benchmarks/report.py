@@ -402,7 +402,7 @@ def peers(rows):
                 if not losses
                 else f"skaipo with `smoothing=0` has a lower mean PSNR than {'; '.join(losses)}"
             )
-            + "; the default has a higher one ([by how much](solvers.md#smoothing)).",
+            + " (the default was not run here; [the two compared](solvers.md#smoothing)).",
             markdown(header, body),
         )
     )

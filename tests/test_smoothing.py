@@ -21,7 +21,16 @@ from skaipo.flows import Glow
 from skaipo.noise import GaussianNoise
 from skaipo.objective import MAPObjective
 from skaipo.operators import CompressedSensing, Denoising, Inpainting, PhaseRetrieval
-from skaipo.solvers import LBFGS, Adam, GradientDescent, Hybrid, LatticeSchedule, TheorySchedule
+from skaipo.solvers import (
+    LBFGS,
+    Adam,
+    GradientDescent,
+    Hybrid,
+    LatticeSchedule,
+    Method,
+    TheorySchedule,
+    minimize,
+)
 
 NOISE = GaussianNoise(0.4)
 
@@ -271,9 +280,21 @@ def test_what_has_run_away_is_not_returned():
     assert (model.reconstruct(Y).objective < exact.objective + 200).all()
 
 
-def test_rows_do_not_depend_on_each_other():
+def image_rows():
     prior, op, Y = images(n=7)
-    model = AIPORegressor(op, prior=prior, noise=NOISE, smoothing=0.3, max_evals=60, batch_size=7)
+    return AIPORegressor(op, prior=prior, noise=NOISE, smoothing=0.3, max_evals=60), Y
+
+
+def digit_rows():
+    """Some of them go over from the exact density to averages."""
+    prior, noise, Y = digits(n=7)
+    solver = Hybrid(LBFGS(give_up=0.02))
+    return AIPORegressor(Denoising(), prior=prior, noise=noise, solver=solver, max_evals=24), Y
+
+
+@pytest.mark.parametrize("case", [image_rows, digit_rows])
+def test_rows_do_not_depend_on_each_other(case):
+    model, Y = case()
     together = model.reconstruct(Y)
     others = np.arange(7) != 3
     for poison in (np.nan, 1e30, 7.0):
@@ -495,21 +516,73 @@ def test_what_is_said_of_rows_that_are_averaged():
         assert ("solved by its average (smoothing='auto')" in str(seen[0].message)) == is_said
 
 
-def test_with_auto_rows_do_not_depend_on_each_other():
-    prior, noise, Y = digits(n=7)
-    model = AIPORegressor(
-        Denoising(), prior=prior, noise=noise, solver=Hybrid(LBFGS(give_up=0.02)), max_evals=24
-    )
-    together = model.reconstruct(Y)
-    others = np.arange(7) != 3
-    for poison in (np.nan, 1e30, 7.0):
-        beside = Y.copy()
-        beside[3, 1:] = poison
-        beside[3, 0] = 0.0 if np.isnan(poison) else poison
-        assert np.array_equal(model.reconstruct(beside).x[others], together.x[others])
-    for n_jobs in (None, 2):
-        model.set_params(batch_size=3, n_jobs=n_jobs)
-        assert np.array_equal(model.reconstruct(Y).x, together.x)
+class Scripted(Method):
+    """Goes through given values of a single pixel; from a given step on it calls a row rough."""
+
+    def __init__(self, ways, rough_from):
+        self.ways, self.rough_from = torch.as_tensor(ways), torch.as_tensor(rough_from)
+
+    def start(self, objective, u, evaluation, lam):
+        return dict(way=torch.arange(len(u)), step=torch.zeros(len(u), dtype=torch.long))
+
+    def propose(self, memory, u, evaluation, lam, progress):
+        memory["step"] = memory["step"] + 1
+        return self.ways[memory["way"], memory["step"]][:, None].to(u)
+
+    def update(self, memory, u, evaluation, trial, trial_evaluation, lam, ok):
+        return ok
+
+    def rough_rows(self, memory, like):
+        return memory["step"] >= self.rough_from[memory["way"]]
+
+
+def scripted(ways, rough_from, max_evals):
+    """What :func:`minimize` makes of such rows, under a misfit of ``x^2 / 2`` and little else."""
+    flow, op = gaussian_prior(1).flow_, Denoising()
+    objective = make_objective(flow, op, GaussianNoise(1.0), np.zeros((len(ways), 1)))
+    objective.smoothing, objective.rough_only = 1e-3, True
+    u = torch.as_tensor([[way[0]] for way in ways], dtype=torch.float64)
+    lam = torch.full((len(ways),), 1e-3, dtype=torch.float64)
+    method = Scripted(ways, rough_from)
+    return minimize(objective, u, lam, method, max_evals=max_evals, tol=0.0), objective.n_evals
+
+
+def test_what_runs_away_does_so_with_and_without_neighbours():
+    """The guard knows how low the row was before it was averaged, and asks no other row."""
+    runs_away, quiet = [100.0, 1.0, 0.5, 0.4, *[60.0] * 6], [10.0, *[5.0] * 9]
+    alone, _ = scripted([runs_away], [4], max_evals=8)
+    beside, _ = scripted([runs_away, quiet], [4, 1], max_evals=8)
+    np.testing.assert_allclose(alone.u.ravel(), [0.4], rtol=1e-6)
+    np.testing.assert_allclose(beside.u.ravel(), [0.4, 5.0], rtol=1e-6)
+
+
+class HandedOver(Adam):
+    """Adam that calls all rows rough when asked, for the n-th time, whether they have stalled."""
+
+    def __init__(self, at=1):
+        super().__init__(learning_rate=0.1)
+        self.at = at
+
+    def start(self, objective, u, evaluation, lam):
+        asked = torch.zeros(len(u), dtype=torch.long)
+        return super().start(objective, u, evaluation, lam) | dict(asked=asked)
+
+    def stalled(self, memory, idle):
+        memory["asked"] = memory["asked"] + 1
+        return torch.zeros_like(idle, dtype=torch.bool)
+
+    def rough_rows(self, memory, like):
+        return memory["asked"] >= self.at
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_the_exact_look_is_within_the_budget(at):
+    """Whenever a row is handed over, which happens after the check of the budget."""
+    prior = FlowPrior(flow=Spike(), dequantize=0.6)
+    model = AIPORegressor(Denoising(), prior=prior, noise=NOISE, solver=HandedOver(at), max_evals=9)
+    result = model.reconstruct(np.array([[1.2], [-0.5]]))
+    assert (result.n_evals <= 9).all() and (result.n_evals >= 8).all()
+    np.testing.assert_allclose(result.log_prob, prior.score_samples(result.x), rtol=1e-9)
 
 
 # ------------------------------------------------------------------------------------- bad input
