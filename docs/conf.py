@@ -47,6 +47,8 @@ sphinx_gallery_conf = {
     "plot_gallery": os.environ.get("EXAMPLES") != "0",
     "download_all_examples": False,
     "show_memory": False,
+    # What is printed is shown, not what the last line of a block happens to return.
+    "capture_repr": (),
     "show_signature": False,
     "remove_config_comments": True,
 }

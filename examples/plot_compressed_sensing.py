@@ -92,9 +92,9 @@ needed = (energy < 0.99 * energy[:, -1:]).sum(axis=1) + 1
 print(f"coefficients for 99 % of the energy: {np.median(needed):.0f} of 64 in the median")
 
 # %%
-# Images are recovered from 24 measurements by all methods, and from 8 by the best two. Eight
-# numbers often do not tell which digit it is. Ridge regression then returns something blurred, and
-# the blur shows that it does not know; AIPO returns a clean digit, and now and then a wrong one. A
+# The images are what all methods make of 24 measurements, and the best two of 8. Eight numbers
+# often do not tell which digit it is. Ridge regression then returns something blurred, and the blur
+# shows that it does not know; AIPO returns a clean digit, and now and then a wrong one. A
 # reconstruction that looks convincing is no proof. The density pays most from 16 measurements on.
 
 shown = 9

@@ -42,11 +42,11 @@ scanner = pylops.VStack(
 print(scanner)
 
 # %%
-# Measure 30 digits, and 20 of the training set to choose the weights of the baseline. Estimators
+# Measure 30 digits, and 12 of the training set to choose the weights of the baseline. Estimators
 # take the operator itself; :func:`~skaipo.operators.as_operator` makes it callable on a batch.
 
 X_train, X_test, _, _ = load_digits_split()
-X_tune, X = X_train[:20], X_test[:30]
+X_tune, X = X_train[:12], X_test[:30]
 noise = GaussianNoise(1.0)
 Y = noise.add_noise(as_operator(scanner)(X), random_state=0)
 Y_tune = noise.add_noise(as_operator(scanner)(X_tune), random_state=1)
@@ -65,7 +65,7 @@ def sparse(Y, weight):
     return np.stack([pylops.fista(scanner, y, niter=100, eps=weight)[0] for y in Y])
 
 
-weights = np.geomspace(0.1, 10, 7)
+weights = np.geomspace(0.1, 10, 5)
 weight = min(weights, key=lambda w: reconstruction_error(X_tune, sparse(Y_tune, w)))
 
 # %%

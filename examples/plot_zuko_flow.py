@@ -46,7 +46,7 @@ flow = zuko.lazy.Flow([units, *spline.transform.transforms], spline.base)
 X_train, X_test, y_train, y_test = load_digits_split()
 labels = torch.eye(10)
 x, label = torch.tensor(X_train, dtype=torch.float32), torch.tensor(y_train)
-epochs, batch_size = 25, 128
+epochs, batch_size = 18, 128
 steps = epochs * (len(x) // batch_size)
 optimizer = torch.optim.AdamW(flow.parameters(), weight_decay=1e-2)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
