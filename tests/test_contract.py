@@ -106,7 +106,7 @@ def ready(request, X):
 
 def denoiser(prior=None, make=AIPORegressor, **params):
     return make(
-        Denoising(), prior=prior, **{"noise": GaussianNoise(SIGMA), "max_evals": 20, **params}
+        Denoising(), prior=prior, **{"noise": GaussianNoise(SIGMA), "max_evals": 8, **params}
     )
 
 
@@ -505,7 +505,7 @@ def test_a_users_own_class_is_pickled_by_value(Y):
 # Searches
 
 GRIDS = {
-    "lam": {"lam": np.geomspace(0.01, 10, 4)},
+    "lam": {"lam": [0.01, 1.0, 10.0]},
     "sigma": {"noise__sigma": [0.1, 0.4, 1.6]},
     "solver": {"solver": ["adam", "lbfgs", "gd"], "space": ["image", "latent"]},
     "operator": {"op": [Denoising(), MatrixOperator(0.5 * np.eye(D))]},
@@ -516,11 +516,11 @@ GRIDS = {
 @pytest.mark.parametrize("name", GRIDS)
 def test_grid_search_scores_what_single_fits_score(name, gaussian, X, Y):
     model = denoiser(gaussian)
-    search = GridSearchCV(model, GRIDS[name], cv=3, error_score="raise").fit(Y, X)
+    search = GridSearchCV(model, GRIDS[name], cv=2, error_score="raise").fit(Y, X)
     scores = search.cv_results_["mean_test_score"]
     for params, score in zip(search.cv_results_["params"], scores, strict=True):
         single = clone(model).set_params(**params)
-        assert score == cross_val_score(single, Y, X, cv=3).mean()
+        assert score == cross_val_score(single, Y, X, cv=2).mean()
     assert len(set(scores)) == len(scores)
     assert search.best_score_ == scores.max()
     best = clone(model).set_params(**search.best_params_)

@@ -414,11 +414,13 @@ def flow(request, architecture):
     return make_flow(architecture, *request.param)
 
 
-def test_flow_log_dets_are_autograds(flow):
+def test_log_dets_are_autograds_and_log_prob_is_the_change_of_variables(flow):
     x = 2 * torch.randn(2, *flow.event_shape, dtype=torch.float64) + 1
     z, log_det = flow(x)
-    for row in range(2):
-        torch.testing.assert_close(log_det[row], slogdet(lambda v: flow(v[None])[0], x[row]))
+    volume = torch.stack([slogdet(lambda v: flow(v[None])[0], row) for row in x])
+    torch.testing.assert_close(log_det, volume)
+    base = stats.norm.logpdf(z.numpy()).sum(1)
+    np.testing.assert_allclose(flow.log_prob(x).numpy(), base + volume.numpy(), rtol=1e-10)
 
     z = torch.randn(2, flow.n_features, dtype=torch.float64)
     x, log_det = flow.inverse_and_log_det(z)
@@ -464,14 +466,6 @@ def test_flow_accepts_flat_rows_and_keeps_rows_apart(flow):
     spoilt, _ = flow(x)
     rest = torch.arange(9) != 4
     torch.testing.assert_close(spoilt[rest], z[rest], rtol=0, atol=1e-12)
-
-
-def test_flow_log_prob_is_the_change_of_variables(flow):
-    x = torch.randn(4, *flow.event_shape, dtype=torch.float64)
-    z, _ = flow(x)
-    base = stats.norm.logpdf(z.numpy()).sum(1)
-    volume = [float(slogdet(lambda v: flow(v[None])[0], row)) for row in x]
-    np.testing.assert_allclose(flow.log_prob(x).numpy(), base + volume, rtol=1e-10)
 
 
 def test_flow_refuses_rows_of_another_width(architecture):
@@ -612,17 +606,17 @@ def test_data_scale_can_always_be_divided_by():
 def test_round_trip_in_float32_at_full_size(architecture):
     """64x64 colour, K = 16, three levels, a few steps of training on smooth images with grain."""
     flow = architecture((3, 64, 64), n_steps=16, n_levels=3, hidden_channels=16)
-    x = torch.nn.functional.interpolate(torch.randn(8, 3, 8, 8), size=(64, 64), mode="bicubic")
+    x = torch.nn.functional.interpolate(torch.randn(4, 3, 8, 8), size=(64, 64), mode="bicubic")
     x = x + 0.05 * torch.randn(x.shape)
     history = train_flow(
-        flow, x, max_epochs=3, batch_size=4, warmup_steps=6, ema_decay=0, learning_rate=1e-3
+        flow, x, max_epochs=3, batch_size=2, warmup_steps=6, ema_decay=0, learning_rate=1e-3
     )
     assert history[-1]["train_nll"] < history[0]["train_nll"] - 0.01  # no longer the start
     with torch.no_grad():
         z, _ = flow(x)
         error = (flow.inverse(z) - x).abs().max() / x.std()
         assert error < 1e-4
-        z = torch.randn(4, flow.n_features)
+        z = torch.randn(2, flow.n_features)
         assert (flow(flow.inverse(z))[0] - z).abs().max() < 1e-3
 
 

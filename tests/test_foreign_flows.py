@@ -421,7 +421,7 @@ def test_float32_and_dtype_changed_later():
 
 
 def model_of(prior, **options):
-    options = dict(noise=GaussianNoise(0.5), max_evals=8) | options
+    options = dict(noise=GaussianNoise(0.5), max_evals=4) | options
     return AIPORegressor(Inpainting(), prior=prior, **options)
 
 
@@ -459,8 +459,10 @@ def test_pickle(kind):
     other = pickle.loads(data)
     check_is_fitted(other)
     assert np.array_equal(other.score_samples(X), prior.score_samples(X), equal_nan=True)
-    expected = model_of(prior).predict(X[:3])
-    np.testing.assert_array_equal(model_of(other).predict(X[:3]), expected)
+    if prior.flow_.has_inverse:
+        z = 0.7 * np.random.default_rng(1).normal(size=(3, X.shape[1]))
+        expected = prior.inverse_transform(z)
+        np.testing.assert_array_equal(other.inverse_transform(z), expected)
     # Once, however many tasks refer to it; a second pickle is no larger than the first.
     assert len(pickle.dumps([prior, prior])) < 1.5 * len(data)
     assert len(pickle.dumps(other)) < 1.2 * len(data)
@@ -484,17 +486,15 @@ def test_fingerprints_know_the_weights(kind):
     assert changed.compile_for_inference() is not evaluator
 
 
-@pytest.mark.parametrize(
-    "kind", [normflows_vectors, zuko_given_a_context, torch_correlated, normflows_planar]
-)
+@pytest.mark.parametrize("kind", [zuko_given_a_context, torch_correlated, normflows_planar])
 def test_grid_search_in_processes(kind):
     prior, X = ready(make(kind))
-    search = GridSearchCV(
-        model_of(prior), {"lam": [0.3, 3.0]}, cv=2, n_jobs=2, scoring=reconstruction_error_scorer
-    )
+    # A task for each process.
+    options = dict(cv=[([0, 1], [2, 3, 4])], refit=False, scoring=reconstruction_error_scorer)
+    search = GridSearchCV(model_of(prior), {"lam": [0.3, 3.0]}, n_jobs=2, **options)
     with joblib.parallel_config(backend="loky"):
-        search.fit(X[:8], X[:8])
-    alone = clone(search).set_params(n_jobs=1).fit(X[:8], X[:8])
+        search.fit(X[:5], X[:5])
+    alone = clone(search).set_params(n_jobs=1).fit(X[:5], X[:5])
     scores = search.cv_results_["mean_test_score"]
     assert np.isfinite(scores).all() and scores[0] != scores[1]
     np.testing.assert_allclose(scores, alone.cv_results_["mean_test_score"], rtol=1e-6)
@@ -598,14 +598,16 @@ def test_without_a_way_back(kind):
             model_of(prior, max_evals=40, random_state=0, **refused).predict(X)
     Y = np.where(rng.random(X.shape) < 0.3, np.nan, X)
     best = None
-    for options in (
+    starts = [
         dict(),
         dict(init="mle", mle_solver="pgd", schedule="linear", solver="adam"),
         dict(init="mle"),
         dict(n_starts=3),
         dict(lam=0.0),
-    ):
-        result = model_of(prior, **{"max_evals": 150, **options}).reconstruct(Y[:3])
+    ]
+    # What comes before the first look at the flow is the same for every kind.
+    for options in starts if kind is squashed else starts[:1]:
+        result = model_of(prior, **{"max_evals": 100, **options}).reconstruct(Y[:3])
         assert np.isfinite(result.objective).all() and "diverged" not in result.status
         if options.get("lam") != 0.0:
             # The density has one mode along each line here: all starts lead to it.

@@ -188,12 +188,11 @@ def small_problem(n=4):
     prior = GaussianPrior(np.full(d, 3.0), root @ root.T + 0.1 * np.eye(d))
     X = 3 + rng.normal(size=(n, d)) @ root.T
     noise = GaussianNoise(0.3)
-    model = AIPORegressor(Denoising(), prior=prior, noise=noise, max_evals=30)
+    model = AIPORegressor(Denoising(), prior=prior, noise=noise, max_evals=8)
     return X, noise.add_noise(X, random_state=0), model
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (3, 6, 10)], ids=["grey", "colour"])
-@pytest.mark.parametrize("n", [1, 45])
+@pytest.mark.parametrize("n, shape", [(1, (8, 8)), (45, (3, 6, 10))], ids=["grey", "colour"])
 def test_reconstructions_are_drawn_as_they_are(n, shape):
     truth, measured = batch(n, shape), batch(n, shape, 1)
     pred = np.clip(truth + 0.1 * batch(n, shape, 2), 0, 1)
@@ -311,8 +310,7 @@ def test_rows_that_failed_do_not_hide_the_others():
     np.testing.assert_allclose(median.get_ydata(), psnr)
 
 
-@pytest.mark.parametrize("n", [1, 100])
-@pytest.mark.parametrize("shape", [(6, 5), (3, 4, 6)], ids=["grey", "colour"])
+@pytest.mark.parametrize("n, shape", [(100, (6, 5)), (1, (3, 4, 6))], ids=["grey", "colour"])
 def test_path(n, shape):
     lams = np.geomspace(0.01, 10, 15)
     truth = batch(n, shape)
@@ -356,7 +354,7 @@ def test_path(n, shape):
 
 def test_path_of_what_aipo_path_returns():
     X, Y, model = small_problem()
-    grid = dict(lams=[0.0, 0.1, 1.0], noise=model.noise, max_evals=30)
+    grid = dict(lams=[0.0, 0.1, 1.0], noise=model.noise, max_evals=8)
     lams, path, results, _ = aipo_path(Y, model.op, model.prior, return_details=True, **grid)
     images = LambdaPathDisplay.from_predictions(*aipo_path(Y, model.op, model.prior, **grid))
     assert len(images.axes_) == 1 and images.frame_ is None
@@ -377,7 +375,7 @@ def test_path_of_what_aipo_path_returns():
 def test_path_of_a_search():
     X, Y, model = small_problem(6)
     search = AIPORegressorCV(
-        Denoising(), lams=[0.1, 1.0, 10.0], cv=2, prior=model.prior, noise=model.noise, max_evals=20
+        Denoising(), lams=[0.1, 1.0, 10.0], cv=2, prior=model.prior, noise=model.noise, max_evals=8
     )
     with pytest.raises(NotFittedError):
         LambdaPathDisplay.from_estimator(search, Y, X)
@@ -385,7 +383,7 @@ def test_path_of_a_search():
     display = LambdaPathDisplay.from_estimator(search, Y, X)
     assert display.lam == search.lam_ and len(display.axes_) == 4
     # The path by which it chose, not solves with a budget of their own for each lambda.
-    settings = dict(schedule="geometric", noise=model.noise, max_evals=20)
+    settings = dict(schedule="geometric", noise=model.noise, max_evals=8)
     _, path = aipo_path(Y, Denoising(), model.prior, lams=search.lams, **settings)
     np.testing.assert_array_equal(display.image_path.reshape(3, 6, 16), path.reshape(3, 6, 16))
     assert display.axes_[1].get_ylabel() == "misfit (nats)"

@@ -29,9 +29,9 @@ def given():
 
 
 LEARNT = [
-    AIPORegressor(LeastSquaresOperator(), prior=GaussianPrior(), max_evals=12),
-    FixedLambdaMAP(LeastSquaresOperator(), prior=GaussianPrior(), max_evals=12),
-    AIPOTransformer(Denoising(), prior=GaussianPrior(), max_evals=12),
+    AIPORegressor(LeastSquaresOperator(), prior=GaussianPrior(), max_evals=4),
+    FixedLambdaMAP(LeastSquaresOperator(), prior=GaussianPrior(), max_evals=4),
+    AIPOTransformer(Denoising(), prior=GaussianPrior(), max_evals=4),
     AIPORegressorCV(LeastSquaresOperator(), prior=GaussianPrior(), lams=[1.0], cv=2, max_evals=4),
     FlowPrior(n_steps=1, hidden_channels=4, max_epochs=1),
     GaussianPrior(),

@@ -75,7 +75,7 @@ def test_learns_a_mixture_about_as_well_as_its_own_model(flow):
     margin = 0.12
     assert GaussianMixture(1).fit(train).score(test) < target - 3 * margin
     prior = FlowPrior(
-        flow, n_steps=6, hidden_channels=24, max_epochs=30, learning_rate=5e-3, random_state=0
+        flow, n_steps=4, hidden_channels=24, max_epochs=15, learning_rate=1e-2, random_state=0
     ).fit(train)
     history = [record["train_nll"] for record in prior.history_]
     assert history[-1] < history[0] - 0.2
