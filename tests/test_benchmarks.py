@@ -26,7 +26,7 @@ def report(paper):
 def tiny(tmp_path, *more):
     """A command line that takes a second: five digits, two tasks."""
     words = (
-        "--data digits --tasks denoising inpainting --lams 1 --images 5 --evals 12 --chunk 3 "
+        "--data digits --tasks denoising inpainting --lams 1 --images 5 --evals 9 --chunk 3 "
         "--validation 2 --rates 0.05 0.2 --n-jobs 1 --store"
     )
     return [*words.split(), str(tmp_path / "cells"), "--out", str(tmp_path / "paper.csv"), *more]
@@ -60,7 +60,7 @@ def test_a_second_run_solves_nothing_again(paper, report, tmp_path, monkeypatch,
 
     # Equal budgets, a tenth for the default, and only as much for denoising as is left without MLE.
     for row in rows:
-        whole = {"denoising": 8, "inpainting": 12}[row["task"]]
+        whole = {"denoising": 6, "inpainting": 9}[row["task"]]
         assert float(row["n_evals"]) == (whole if row["method"] in paper.PAPERS else 4)
         assert row["images"] == "5" and row["failed"] == "0"
 
@@ -77,7 +77,7 @@ def test_a_second_run_solves_nothing_again(paper, report, tmp_path, monkeypatch,
     capsys.readouterr()
     paper.main(tiny(tmp_path, "--plan"))
     plan = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert plan["evaluations"] == str(5 * (4 * 8 + 2 * 4 + 4 * 12 + 2 * 4))
+    assert plan["evaluations"] == str(5 * (4 * 6 + 2 * 4 + 4 * 9 + 2 * 4))
     assert plan["files"] == str(2 * 6 * 2) and plan["table_cells"] == "12"
 
 
@@ -176,7 +176,7 @@ def test_noise_rows(monkeypatch, tmp_path):
     noise = importlib.import_module("noise")
     monkeypatch.setattr(noise, "RESULTS", tmp_path / "noise.csv")
     monkeypatch.setattr(noise, "LAMS", (0.5, 1.0))
-    words = "--parts models --images 3 --validation 2 --max-evals 6 --tasks"
+    words = "--parts models --images 3 --validation 2 --max-evals 4 --tasks"
     for task in ("poisson", "bit", "poisson"):
         noise.main([*words.split(), task])
     with (tmp_path / "noise.csv").open() as file:

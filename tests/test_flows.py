@@ -70,7 +70,11 @@ def make_flow(architecture, event_shape, n_levels=None, dtype=torch.float64, noi
 
 def slogdet(function, point):
     """log |det| of the Jacobian of a function of one event, by autograd."""
-    matrix = jacobian(lambda x: function(x.reshape(point.shape)).flatten(), point.flatten())
+
+    def of_rows(x):
+        return function(x.reshape(point.shape)).flatten()
+
+    matrix = jacobian(of_rows, point.flatten(), vectorize=True)
     return torch.linalg.slogdet(matrix).logabsdet
 
 
@@ -606,7 +610,7 @@ def test_data_scale_can_always_be_divided_by():
 def test_round_trip_in_float32_at_full_size(architecture):
     """64x64 colour, K = 16, three levels, a few steps of training on smooth images with grain."""
     flow = architecture((3, 64, 64), n_steps=16, n_levels=3, hidden_channels=16)
-    x = torch.nn.functional.interpolate(torch.randn(4, 3, 8, 8), size=(64, 64), mode="bicubic")
+    x = torch.nn.functional.interpolate(torch.randn(2, 3, 8, 8), size=(64, 64), mode="bicubic")
     x = x + 0.05 * torch.randn(x.shape)
     history = train_flow(
         flow, x, max_epochs=3, batch_size=2, warmup_steps=6, ema_decay=0, learning_rate=1e-3

@@ -113,8 +113,8 @@ def jacobians(name):
     flow = shared(name)
     x, z = points(flow, 1)
     return (
-        jacobian(lambda x: flow(x[None])[0][0], x[0]),
-        jacobian(lambda z: flow.inverse(z[None]).flatten(), z[0]),
+        jacobian(lambda x: flow(x[None])[0][0], x[0], vectorize=True),
+        jacobian(lambda z: flow.inverse(z[None]).flatten(), z[0], vectorize=True),
     )
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from problems import covering
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -790,9 +791,11 @@ def op(request):
     return PROBLEMS[request.param](6)
 
 
-@pytest.mark.parametrize("missing", [False, True], ids=["complete", "missing"])
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("lam", [0.05, 1.0, 7.0])
+@pytest.mark.parametrize(
+    "op, noise, lam, missing",
+    covering(PROBLEMS, NOISES, [0.05, 1.0, 7.0], [False, True]),
+    indirect=["op"],
+)
 def test_map_estimate_is_what_an_optimiser_finds(op, noise, lam, missing):
     prior, mean, _, precision = gaussian(6)
     A, Y = measurements(op, prior, missing)

@@ -85,7 +85,7 @@ OF_TARGET = {
 
 
 def by_nature(estimator):
-    """What cannot pass, with the reason. pytest's xfail_strict fails what is listed and passes."""
+    """The names of the checks that cannot pass, with the reason."""
     if any(estimator is one for one in LEARNT):
         return {}
     reasons = dict.fromkeys(OF_WIDTH, WIDTH)
@@ -99,13 +99,14 @@ def by_nature(estimator):
     return reasons
 
 
-@parametrize_with_checks(LEARNT + READY, expected_failed_checks=by_nature)
+@parametrize_with_checks(LEARNT + READY)
 def test_scikit_learns_checks(estimator, check):
-    check(estimator)
-
-
-def test_failures_that_are_listed_and_pass_are_errors(pytestconfig):
-    assert pytestconfig.getini("xfail_strict")
+    if check.func.__name__ not in by_nature(estimator):
+        check(estimator)
+        return
+    # Not marked as xfail: pytest would write 43 tracebacks out of scikit-learn's longest modules.
+    with pytest.raises((ValueError, AssertionError)):
+        check(estimator)
 
 
 def test_every_public_estimator_is_checked():

@@ -75,7 +75,7 @@ def test_learns_a_mixture_about_as_well_as_its_own_model(flow):
     margin = 0.12
     assert GaussianMixture(1).fit(train).score(test) < target - 3 * margin
     prior = FlowPrior(
-        flow, n_steps=4, hidden_channels=24, max_epochs=15, learning_rate=1e-2, random_state=0
+        flow, n_steps=4, hidden_channels=24, max_epochs=12, learning_rate=1.5e-2, random_state=0
     ).fit(train)
     history = [record["train_nll"] for record in prior.history_]
     assert history[-1] < history[0] - 0.2
@@ -88,7 +88,7 @@ def test_keeps_the_best_weights_of_the_validation(architecture):
     x_val = torch.tensor(mixture(100, 1), dtype=torch.float32)
     flow = architecture((2,), n_steps=4, hidden_channels=64)
     history = train_flow(
-        flow, x, x_val, max_epochs=60, learning_rate=2e-2, warmup_steps=5, ema_decay=0.5
+        flow, x, x_val, max_epochs=30, learning_rate=4e-2, warmup_steps=5, ema_decay=0.5
     )
     scores = [record["val_nll"] for record in history]
     best = int(np.argmin(scores))
