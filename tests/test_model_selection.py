@@ -64,12 +64,6 @@ def flow_prior(architecture=RealNVP, event_shape=(6,)):
 
 PATHS = {
     "gaussian, default": lambda: (gaussian_prior(6), Denoising(), {}),
-    "gaussian, adam from the mle": lambda: (
-        gaussian_prior(6),
-        Denoising(),
-        dict(solver="adam", init="mle", mle_solver="pgd"),
-    ),
-    "gaussian, lbfgs": lambda: (gaussian_prior(6), CompressedSensing(4), dict(solver="lbfgs")),
     "gaussian, gd": lambda: (gaussian_prior(6), Inpainting(), dict(solver="gd", batch_size=4)),
     "flow, default": lambda: (flow_prior(), CompressedSensing(4), dict(batch_size=5)),
     "flow, adam from the mle": lambda: (
@@ -93,7 +87,8 @@ def test_a_point_of_the_path_is_the_single_solve(name):
     Y = op(images)
     if isinstance(op, Inpainting):
         Y = drop_entries(Y)
-    grids = ([0.0, 0.02, 1.0, 50.0], [1.0], [1e4, 0.3, 0.02])
+    # With this budget the lattice is 0.01, 1 and 100: on it, between its points, and beyond them.
+    grids = ([0.0, 0.02, 1.0, 50.0], [1e4, 0.02])
     params = {**COMMON, **params}
     single = AIPORegressor(op, prior=prior, schedule=LATTICE, **params)
     known = {}
@@ -149,11 +144,11 @@ def test_twenty_lambdas_at_the_price_of_three_solves():
     Y = noise.add_noise(load_digits_split()[1][:6], random_state=0)
     lams, _, along, n_evals = aipo_path(Y, op, prior, noise=noise, return_details=True)
     assert len(lams) == 20 and n_evals <= 3 * AIPORegressor().max_evals * len(Y)
-    for k in (3, 10, 17):
-        lam = float(lams[k])
-        single = AIPORegressor(op, lam, prior=prior, noise=noise, schedule=LATTICE, max_evals=850)
-        np.testing.assert_array_equal(along[k].objective, single.reconstruct(Y).objective)
-        direct = AIPORegressor(op, lam, prior=prior, noise=noise).reconstruct(Y)
+    single = AIPORegressor(op, prior=prior, noise=noise, schedule=LATTICE, max_evals=850)
+    single.set_params(lam=float(lams[17]))
+    np.testing.assert_array_equal(along[17].objective, single.reconstruct(Y).objective)
+    for k in (3, 10):
+        direct = AIPORegressor(op, float(lams[k]), prior=prior, noise=noise).reconstruct(Y)
         # (Now and then one of the two finds the lower of two minima.)
         assert np.median(along[k].objective / direct.objective - 1) < 0.005
 
@@ -167,7 +162,7 @@ def test_the_path_approaches_the_closed_form(prior, Y):
         noise=GaussianNoise(SIGMA),
         solver="lbfgs",
         tol=1e-9,
-        max_evals=4000,
+        max_evals=240,
     )
     for lam, x in zip(lams, path, strict=True):
         exact = prior.map_estimate(Y, Denoising(), noise=GaussianNoise(SIGMA), lam=lam)
@@ -248,8 +243,7 @@ def test_the_path_needs_a_fitted_prior(Y):
 # Cross-validation, against GridSearchCV over single estimators
 
 PROBLEMS = {
-    "frozen flow": lambda: (flow_prior(Glow, (1, 4, 4)), Denoising()),
-    "frozen flow, half measured": lambda: (flow_prior(Glow, (1, 4, 4)), CompressedSensing(8)),
+    "frozen flow": lambda: (flow_prior(Glow, (1, 4, 4)), CompressedSensing(8)),
     "given normal": lambda: (gaussian_prior(6), Denoising()),
     "unfitted normal": lambda: (GaussianPrior(), CompressedSensing(4)),
     "unfitted flow": lambda: (
@@ -271,26 +265,26 @@ def test_it_chooses_what_grid_search_chooses(name, X, Y):
         Y = op(X) + SIGMA * np.random.default_rng(2).normal(size=(len(X), op.n_measurements))
     params = dict(prior=prior, **COMMON)
     if name == "given normal":
-        params["batch_size"] = 4
-    cv = KFold(3, shuffle=True, random_state=0)
-    search = AIPORegressorCV(op, lams=LAMS, cv=cv, **params).fit(Y, X)
+        params["batch_size"] = 5
+    lams, cv = [0.003, 1.0, 30.0], KFold(2, shuffle=True, random_state=0)
+    search = AIPORegressorCV(op, lams=lams, cv=cv, **params).fit(Y, X)
     grid = GridSearchCV(
         AIPORegressor(op, schedule="geometric", **params),
-        {"lam": LAMS},
+        {"lam": lams},
         scoring=reconstruction_error_scorer,
         cv=cv,
         error_score="raise",
     ).fit(Y, X)
     assert search.lam_ == grid.best_params_["lam"]
-    np.testing.assert_array_equal(search.lams_, LAMS)
-    for key in (*(f"split{k}_test_score" for k in range(3)), "mean_test_score", "std_test_score"):
+    np.testing.assert_array_equal(search.lams_, lams)
+    for key in (*(f"split{k}_test_score" for k in range(2)), "mean_test_score", "std_test_score"):
         np.testing.assert_allclose(
             search.cv_results_[key], grid.cv_results_[key], rtol=1e-10, atol=1e-10
         )
     np.testing.assert_array_equal(
         search.cv_results_["rank_test_score"], grid.cv_results_["rank_test_score"]
     )
-    assert len(set(search.cv_results_["mean_test_score"])) >= 3
+    assert len(set(search.cv_results_["mean_test_score"])) == 3
     assert search.best_score_ == pytest.approx(grid.best_score_, rel=1e-10)
     # With one lambda there is no way to share: its predictions are the default's.
     alone = grid.best_estimator_.set_params(schedule="direct")
@@ -323,27 +317,31 @@ def test_errors_along_the_path(prior, X, Y):
     assert search.best_score_ == -search.mse_path_.mean(1).min()
 
 
-@pytest.mark.parametrize(
-    "scoring",
-    [
-        "neg_median_absolute_error",
-        "r2",
-        psnr_scorer,
-        make_scorer(mean_absolute_error, greater_is_better=False),
-    ],
-    ids=["name", "r2", "callable", "made"],
-)
-def test_scoring_is_scikit_learns(scoring, prior, X, Y):
-    lams = LAMS[1:3]
-    search = AIPORegressorCV(
-        Denoising(), lams=lams, prior=prior, cv=3, scoring=scoring, **COMMON
-    ).fit(Y, X)
-    single = AIPORegressor(Denoising(), prior=prior, schedule="geometric", **COMMON)
-    for lam, score in zip(lams, search.cv_results_["mean_test_score"], strict=True):
-        expected = cross_val_score(single.set_params(lam=lam), Y, X, cv=3, scoring=scoring).mean()
-        assert score == pytest.approx(expected, rel=1e-10)
-    # The errors are there whatever the score.
-    assert search.mse_path_.shape == (2, 3)
+SCORINGS = {
+    "name": "neg_median_absolute_error",
+    "r2": "r2",
+    "callable": psnr_scorer,
+    "made": make_scorer(mean_absolute_error, greater_is_better=False),
+}
+
+
+def test_scoring_is_scikit_learns(prior, X, Y):
+    params = dict(prior=prior, **COMMON)
+    single = AIPORegressor(Denoising(), schedule="geometric", **params)
+    expected = [
+        cross_validate(single.set_params(lam=lam), Y, X, cv=2, scoring=SCORINGS)
+        for lam in LAMS[1:3]
+    ]
+    for name, scoring in SCORINGS.items():
+        search = AIPORegressorCV(Denoising(), lams=LAMS[1:3], cv=2, scoring=scoring, **params)
+        search.fit(Y, X)
+        np.testing.assert_allclose(
+            search.cv_results_["mean_test_score"],
+            [scores[f"test_{name}"].mean() for scores in expected],
+            rtol=1e-10,
+        )
+        # The errors are there whatever the score.
+        assert search.mse_path_.shape == (2, 2)
 
 
 def test_an_unknown_score_is_an_error(prior, X, Y):
@@ -354,13 +352,13 @@ def test_an_unknown_score_is_an_error(prior, X, Y):
 
 
 def test_without_clean_data_the_discrepancy_decides(prior, Y):
-    lams = [1e-3, 0.1, 10.0, 1e4]
-    search = AIPORegressorCV(Denoising(), lams=lams, prior=prior, cv=3, **COMMON).fit(Y)
+    lams = [1e-3, 10.0, 1e4]
+    search = AIPORegressorCV(Denoising(), lams=lams, prior=prior, cv=2, **COMMON).fit(Y)
     assert not hasattr(search, "mse_path_")
     single = AIPORegressor(Denoising(), prior=prior, schedule="geometric", **COMMON)
     for lam, score in zip(lams, search.cv_results_["mean_test_score"], strict=True):
         expected = cross_val_score(
-            single.set_params(lam=lam), Y, None, cv=3, scoring=discrepancy_scorer
+            single.set_params(lam=lam), Y, None, cv=2, scoring=discrepancy_scorer
         )
         assert score == pytest.approx(expected.mean(), rel=1e-10)
     assert search.lam_ == 10.0
@@ -374,9 +372,9 @@ def test_without_clean_data_the_noise_must_be_known(prior, Y):
 @pytest.mark.parametrize(
     "name, cv",
     [
-        ("given normal", 3),
+        ("given normal", 2),
         ("unfitted normal", ShuffleSplit(2, test_size=0.5, random_state=0)),
-        ("learnt operator", 3),
+        ("learnt operator", 2),
     ],
 )
 def test_the_mask_is_split_as_the_rows_are(name, cv, X, Y):
@@ -391,9 +389,10 @@ def test_the_mask_is_split_as_the_rows_are(name, cv, X, Y):
     np.testing.assert_array_equal(found.mse_path_, expected.mse_path_)
     np.testing.assert_array_equal(found.predict(hidden, mask=mask), expected.predict(marked))
     assert not np.array_equal(clone(model).fit(hidden, X).mse_path_, expected.mse_path_)
-    with sklearn.config_context(enable_metadata_routing=True):
-        scores = cross_validate(model, hidden, X, params=dict(mask=mask), cv=2)["test_score"]
-    np.testing.assert_array_equal(scores, cross_val_score(model, marked, X, cv=2))
+    if name == "learnt operator":
+        with sklearn.config_context(enable_metadata_routing=True):
+            scores = cross_validate(model, hidden, X, params=dict(mask=mask), cv=2)["test_score"]
+        np.testing.assert_array_equal(scores, cross_val_score(model, marked, X, cv=2))
 
 
 def test_a_path_takes_a_mask(prior, Y):
@@ -407,7 +406,7 @@ def test_a_path_takes_a_mask(prior, Y):
 
 
 def test_predict_uses_the_chosen_lambda(prior, X, Y):
-    search = AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, cv=3, **COMMON).fit(Y, X)
+    search = AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, cv=2, **COMMON).fit(Y, X)
     best = AIPORegressor(Denoising(), search.lam_, prior=prior, **COMMON)
     np.testing.assert_array_equal(search.predict(Y), best.predict(Y))
     assert search.reconstruct(Y).lam == search.lam_
@@ -416,33 +415,32 @@ def test_predict_uses_the_chosen_lambda(prior, X, Y):
 
 
 def test_it_costs_less_than_the_single_solves(X, Y):
-    for prior in (gaussian_prior(6), GaussianPrior()):
-        params = dict(prior=prior, **COMMON)
-        search = AIPORegressorCV(Denoising(), lams=LAMS, cv=3, **params).fit(Y, X)
-        single = AIPORegressor(Denoising(), schedule="geometric", **params)
-        alone = longest = 0
-        for lam in LAMS:
-            spent = 0
-            for train, test in KFold(3).split(Y):
-                model = clone(single).set_params(lam=lam).fit(Y[train], X[train])
-                spent += int(model.reconstruct(Y[test]).n_evals.sum())
-            alone += spent
-            longest = max(longest, spent)
-        assert longest < search.n_evals_ < 0.6 * alone
+    params = dict(prior=GaussianPrior(), **COMMON)
+    search = AIPORegressorCV(Denoising(), lams=LAMS, cv=2, **params).fit(Y, X)
+    single = AIPORegressor(Denoising(), schedule="geometric", **params)
+    spent = np.zeros(len(LAMS))
+    for train, test in KFold(2).split(Y):
+        single.fit(Y[train], X[train])
+        for k, lam in enumerate(LAMS):
+            spent[k] += single.set_params(lam=lam).reconstruct(Y[test]).n_evals.sum()
+    assert spent.max() < search.n_evals_ < 0.6 * spent.sum()
 
 
 def test_folds_that_overlap(prior, X, Y):
-    cv = ShuffleSplit(3, test_size=0.5, random_state=0)
-    search = AIPORegressorCV(Denoising(), lams=LAMS, prior=prior, cv=cv, **COMMON).fit(Y, X)
+    lams, cv = LAMS[1:3], ShuffleSplit(2, test_size=0.6, random_state=0)
+    search = AIPORegressorCV(Denoising(), lams=lams, prior=prior, cv=cv, **COMMON).fit(Y, X)
     grid = GridSearchCV(
         AIPORegressor(Denoising(), prior=prior, schedule="geometric", **COMMON),
-        {"lam": LAMS},
+        {"lam": lams},
         scoring="neg_mean_squared_error",
         cv=list(cv.split(Y)),
+        refit=False,
     ).fit(Y, X)
-    np.testing.assert_allclose(
-        search.cv_results_["mean_test_score"], grid.cv_results_["mean_test_score"], rtol=1e-10
-    )
+    for key in ("split0_test_score", "split1_test_score"):
+        np.testing.assert_allclose(search.cv_results_[key], grid.cv_results_[key], rtol=1e-10)
+    # One path serves all folds: each row is solved for once.
+    params = dict(schedule="geometric", return_details=True, **COMMON)
+    assert search.n_evals_ == aipo_path(Y, Denoising(), prior, lams=lams, **params)[-1]
 
 
 def test_a_number_of_lambdas_and_zero(prior, X, Y):
@@ -483,7 +481,7 @@ def test_it_needs_measurements(prior):
 
 
 def test_the_prior_may_be_given_to_fit(prior, X, Y):
-    model = AIPORegressorCV(Denoising(), lams=LAMS, cv=3, **COMMON)
+    model = AIPORegressorCV(Denoising(), lams=LAMS, cv=2, **COMMON)
     given = clone(model).fit(Y, X, prior=prior)
     expected = clone(model).set_params(prior=prior).fit(Y, X)
     np.testing.assert_array_equal(given.mse_path_, expected.mse_path_)
@@ -491,7 +489,7 @@ def test_the_prior_may_be_given_to_fit(prior, X, Y):
 
 
 def test_a_refit_leaves_nothing_of_the_last(prior, X, Y):
-    model = AIPORegressorCV(Denoising(), lams=[0.1, 1.0], prior=prior, cv=3, **COMMON).fit(Y, X)
+    model = AIPORegressorCV(Denoising(), lams=[0.1, 1.0], prior=prior, cv=2, **COMMON).fit(Y, X)
     model.fit(Y)
     assert not hasattr(model, "mse_path_")
 
@@ -527,12 +525,12 @@ def test_the_grid_follows_a_flow_whose_weights_change():
     # Without a noise model it is the data that have a scale.
     prior = flow_prior(Glow, (1, 4, 4))
     Y = prior.sample(2, random_state=0)
-    before, _ = aipo_path(Y, Denoising(), prior, lams=2, max_evals=24)
+    before, _ = aipo_path(Y, Denoising(), prior, lams=2, max_evals=8)
     with torch.no_grad():
         prior.flow_.scale.data.mul_(10)
     fresh = FlowPrior(flow=copy.deepcopy(prior.flow_))
     vars(fresh.flow_).update(_data_scale=None, _typical_log_prob=None)
-    after, _ = aipo_path(Y, Denoising(), prior, lams=2, max_evals=24)
-    np.testing.assert_array_equal(after, aipo_path(Y, Denoising(), fresh, lams=2, max_evals=24)[0])
+    after, _ = aipo_path(Y, Denoising(), prior, lams=2, max_evals=8)
+    np.testing.assert_array_equal(after, aipo_path(Y, Denoising(), fresh, lams=2, max_evals=8)[0])
     assert after[-1] > 50 * before[-1]
     assert prior.flow_.typical_log_prob() == fresh.flow_.typical_log_prob()
