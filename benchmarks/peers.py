@@ -8,8 +8,8 @@
 Total variation (Chambolle) and wavelet shrinkage for denoising and biharmonic inpainting, all of
 scikit-image; the Lasso in a DCT basis of scikit-learn for compressed sensing; the closed-form MAP
 under a Gaussian with the training faces' mean and covariance; the procedure of GlowIP (Asim et al.,
-2020); deepinv's TV-regularised least squares where deepinv is installed; and skaipo, as it comes
-and with ``smoothing=0``.
+2020); deepinv's TV-regularised least squares where deepinv is installed, for inpainting and
+compressed sensing; and skaipo, as it comes and with ``smoothing=0``.
 
 Every method's parameter is chosen on validation faces, and its images are clipped to 0..255. What a
 method gave per image is kept in ``benchmarks/results/peers/`` and not computed again; rows with
@@ -193,10 +193,11 @@ COMMON = {
     "Gaussian MAP": (gaussian, (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)),
     "GlowIP": (glow_ip, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)),
 }
+# (For denoising it is Chambolle's problem once more.)
 DEEPINV = {"TV (deepinv)": (deepinv_tv, (0.01, 0.02, 0.05, 0.1, 0.2))}
 PEERS = {
-    "denoise .1": {**COMMON, **DENOISERS, **DEEPINV},
-    "denoise .2": {**COMMON, **DENOISERS, **DEEPINV},
+    "denoise .1": {**COMMON, **DENOISERS},
+    "denoise .2": {**COMMON, **DENOISERS},
     "inpaint": {**COMMON, "biharmonic": (biharmonic, WEIGHTS), **DEEPINV},
     "cs": {**COMMON, "Lasso, DCT": (lasso, (0.01, 0.03, 0.1, 0.3, 1.0)), **DEEPINV},
 }
