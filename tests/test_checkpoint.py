@@ -41,7 +41,7 @@ from skaipo.operators import Denoising, Inpainting, MatrixOperator
 from skaipo.solvers import LBFGS, Adam, GeometricSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
-D, N, N_CHUNKS = 6, 10, 4
+D, N, N_CHUNKS = 6, 8, 3
 FIELDS = ("x", "objective", "misfit", "log_prob", "n_evals", "n_observed", "status")
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -49,11 +49,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceW
 
 @pytest.fixture
 def Y():
+    return measurements()
+
+
+def measurements():
     return drop_entries(np.random.default_rng(0).normal(size=(N, D)))
 
 
 def model(cls=AIPORegressor, **params):
-    common = dict(prior=gaussian_prior(D), noise=GaussianNoise(0.5), max_evals=12, batch_size=3)
+    common = dict(prior=gaussian_prior(D), noise=GaussianNoise(0.5), max_evals=8, batch_size=3)
     return cls(**{"op": Denoising(), **common, **params})
 
 
@@ -94,9 +98,9 @@ def no_solves(monkeypatch):
 MODELS = {
     "aipo": lambda: model(),
     "the paper's": lambda: model(
-        solver="adam", schedule="linear", init="mle", mle_solver="pgd", max_evals=20
+        solver="adam", schedule="linear", init="mle", mle_solver="pgd", max_evals=12
     ),
-    "several starts": lambda: model(n_starts=4, max_evals=40, random_state=0),
+    "several starts": lambda: model(n_starts=4, max_evals=16, random_state=0),
     "adaptive": lambda: model(schedule="adaptive", init="mle"),
     "latent lbfgs": lambda: model(solver="lbfgs", space="latent", schedule="lattice"),
     "fixed lambda": lambda: model(FixedLambdaMAP, init="zero"),
@@ -105,8 +109,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("history", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name, history", [("aipo", False), ("random", False), *((name, True) for name in MODELS)]
+)
 def test_resumes_with_the_same_bits(name, history, Y, tmp_path, monkeypatch):
     folder = tmp_path / "a" / "b"
     expected = MODELS[name]().reconstruct(Y, history=history)
@@ -114,7 +119,7 @@ def test_resumes_with_the_same_bits(name, history, Y, tmp_path, monkeypatch):
     assert len(chunks(folder)) == N_CHUNKS
     with no_solves(monkeypatch):
         assert_same(MODELS[name]().reconstruct(Y, history=history, checkpoint=folder), expected)
-    for k in (0, 2):
+    for k in (2, 0):
         chunks(folder)[k].unlink()
     kept = stamps(folder)
     assert_same(MODELS[name]().reconstruct(Y, history=history, checkpoint=str(folder)), expected)
@@ -174,15 +179,6 @@ def test_saved_by_the_workers(Y, tmp_path, monkeypatch):
         result = model().reconstruct(Y, history=True, checkpoint=tmp_path / "a")
     assert_same(result, expected)
     assert threads and threading.get_ident() not in threads
-    # In other processes, with a relative path; the number of workers makes no other run.
-    chunks(tmp_path / "a")[1].unlink()
-    chunks(tmp_path / "a")[2].unlink()
-    kept = stamps(tmp_path / "a")
-    monkeypatch.chdir(tmp_path)
-    parallel = model(n_jobs=2, verbose=1)
-    assert_same(parallel.reconstruct(Y, history=True, checkpoint="a"), expected)
-    assert len(chunks(tmp_path / "a")) == N_CHUNKS
-    assert kept.items() <= stamps(tmp_path / "a").items()
 
 
 # -------------------------------------------------------------------------------------- kill -9
@@ -209,21 +205,18 @@ def run(checkpoint=None):
     return model.reconstruct(Y, history=True, checkpoint=checkpoint)
 
 if __name__ == "__main__":
-    result = run(sys.argv[1])
-    np.savez(sys.argv[2], lam_history=np.array(result.lam_history), **{{
-        name: getattr(result, name) for name in {fields!r}
-    }})
+    run(sys.argv[1])
 """
 
 
-def test_killed_three_times(tmp_path):
+def test_killed_twice(tmp_path):
     n = 16
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(n=n, fields=FIELDS))
-    folder, out = tmp_path / "checkpoint", tmp_path / "out.npz"
-    command = [sys.executable, str(script), str(folder), str(out)]
+    script.write_text(SCRIPT.format(n=n))
+    folder = tmp_path / "checkpoint"
+    command = [sys.executable, str(script), str(folder)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    delays = np.random.default_rng(0).uniform(0, 0.2, size=3)
+    delays = np.random.default_rng(0).uniform(0, 0.2, size=2)
     kept, killed = {}, 0
     for delay in delays:
         process = subprocess.Popen(command, env=env)
@@ -237,18 +230,15 @@ def test_killed_three_times(tmp_path):
         assert kept.items() <= stamps(folder).items()
         kept = stamps(folder)
         if killed == 1:
-            assert 0 < len(kept) < n and not out.exists()
+            assert 0 < len(kept) < n
     assert killed
-    subprocess.run(command, env=env, check=True)
-    assert kept.items() <= stamps(folder).items()
-    assert len(chunks(folder)) == n
+    # This process is the third, and as good as any.
     namespace = {"__name__": "script"}
     exec(compile(script.read_text(), "script", "exec"), namespace)
-    expected = namespace["run"]()
-    with np.load(out) as file:
-        for field in FIELDS:
-            np.testing.assert_array_equal(file[field], getattr(expected, field), strict=True)
-        np.testing.assert_array_equal(file["lam_history"], expected.lam_history)
+    result = namespace["run"](folder)
+    assert kept.items() <= stamps(folder).items()
+    assert len(chunks(folder)) == n
+    assert_same(result, namespace["run"]())
 
 
 def test_what_a_killed_process_leaves_is_harmless(Y, tmp_path):
@@ -326,7 +316,7 @@ class Halved(Denoising):
 
 CHANGES = {
     "lam": (dict(lam=2.0), r"lams \(\[1\.0\] there, \[2\.0\] here\)"),
-    "max_evals": (dict(max_evals=13), r"max_evals \(12 there, 13 here\)"),
+    "max_evals": (dict(max_evals=13), r"max_evals \(8 there, 13 here\)"),
     "tol": (dict(tol=1e-3), r"tol \(0\.0001 there, 0\.001 here\)"),
     "batch_size": (dict(batch_size=4), r"batch_size \(3 there, 4 here\)"),
     "space": (dict(space="latent"), r"space \('image' there, 'latent' here\)"),
@@ -344,18 +334,25 @@ CHANGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a run that is over; what is refused leaves it as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    model().predict(measurements(), checkpoint=folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_run_is_refused(name, Y, tmp_path):
+def test_another_run_is_refused(name, Y, finished):
     params, message = CHANGES[name]
-    model().predict(Y, checkpoint=tmp_path / "a")
-    before = stamps(tmp_path / "a")
+    before = stamps(finished)
     with pytest.raises(
         ValueError, match=f"belongs to another run. What differs: {message}"
     ) as info:
-        model(**params).predict(Y, checkpoint=tmp_path / "a")
+        model(**params).predict(Y, checkpoint=finished)
     assert ";" not in str(info.value).partition("differs:")[2]
     assert "Pass another directory, or delete this one" in str(info.value)
-    assert stamps(tmp_path / "a") == before
+    assert stamps(finished) == before
 
 
 def test_other_measurements_are_refused(Y, tmp_path):
@@ -364,7 +361,7 @@ def test_other_measurements_are_refused(Y, tmp_path):
     spot = tuple(np.argwhere(np.isfinite(Y[:, 0]) & np.isfinite(Y[:, 1]))[0]) + (0,)
     value[spot] = np.nextafter(value[spot], 9)
     nan[spot], mask[spot] = np.nan, False
-    for other in (value, nan, Y[:9], Y[::-1]):
+    for other in (value, nan, Y[:7], Y[::-1]):
         with pytest.raises(ValueError, match=r"What differs: measurements \(.*\)\. Pass another"):
             model().predict(other, checkpoint=tmp_path / "a")
     with pytest.raises(ValueError, match="What differs: measurements"):
@@ -567,7 +564,7 @@ def test_a_manifest_of_something_else(text, Y, tmp_path):
 def test_the_manifest_is_for_people_too(Y, tmp_path):
     model(solver=Adam(0.03), schedule=GeometricSchedule()).predict(Y, checkpoint=tmp_path)
     text = (tmp_path / "manifest.json").read_text()
-    assert "Adam(learning_rate=0.03)" in text and "10 rows of 6 values" in text
+    assert "Adam(learning_rate=0.03)" in text and "8 rows of 6 values" in text
     assert re.search(r'"torch": "\d', text) and len(text.splitlines()) > 20
     for word in ("n_jobs", "verbose"):
         assert word not in text

@@ -215,7 +215,7 @@ def test_the_map_is_that_of_scipy(name):
         runs = (scipy_minimize(value_and_gradient, x, y, jac=True, method="BFGS") for x in starts)
         return min(run.fun for run in runs)
 
-    starts = np.concatenate((prior.sample(10, random_state=5), [prior.mean]))
+    starts = np.concatenate((prior.sample(7, random_state=5), [prior.mean]))
     best = np.array([lowest(y) for y in Y])
     np.testing.assert_allclose(result.objective, objective(result.x, Y), rtol=1e-9)
     # Where minima compete most rows find the lowest. (Hard kinks are for what the documentation
@@ -266,7 +266,7 @@ def test_the_most_probable_image_that_fits(solver):
     X = prior.sample(6, random_state=0)
     Y = FORMULAS["squashed"](X)
     objective = make_objective(prior.flow_, NonlinearOperator(squashed), GaussianNoise(0.1), Y)
-    x, converged = mle_start(objective, max_evals=600, solver=solver)
+    x, converged = mle_start(objective, max_evals=400, solver=solver)
     assert (misfit(objective, x) < 1e-3).all()
     if solver == "lbfgs":
         assert converged.all()
@@ -294,7 +294,7 @@ def test_what_no_image_explains_is_infeasible():
     assert np.abs(r[[0, 2]]).max() < 1e-3 and abs(r[1, 0] + 0.5) < 0.1
 
 
-@pytest.mark.parametrize("squared, unit", [(True, 1e-6), (True, 1e6), (False, 1e-6), (False, 1.0)])
+@pytest.mark.parametrize("squared, unit", [(True, 1e-6), (True, 1e6), (False, 1e-6)])
 def test_measurements_of_zero_are_explained_in_the_operators_units(squared, unit):
     """Of a residual relative to ``||y|| = 0`` nothing would ever be small enough."""
     covariance = unit**2 * np.diag(np.linspace(0.5, 2.0, D))
@@ -315,15 +315,14 @@ def test_zero_that_is_out_of_reach_is_infeasible():
     assert model.reconstruct(np.zeros((1, D))).status.tolist() == ["infeasible"]
 
 
-@pytest.mark.parametrize("name", ["bent", "magnitude"])
-def test_a_path_begins_at_zero(name):
+def test_a_path_begins_at_zero():
     from skaipo import aipo_path
 
-    prior = gaussian_prior(D)
-    Y = FORMULAS[name](prior.sample(4, random_state=0))
+    prior, op = gaussian_prior(D), OPERATORS["magnitude"]()
+    Y = FORMULAS["magnitude"](prior.sample(4, random_state=0))
     params = dict(noise=GaussianNoise(0.1), max_evals=90)
-    lams, path = aipo_path(Y, OPERATORS[name](), prior, lams=[0.0, 0.1, 1.0], **params)
-    single = AIPORegressor(OPERATORS[name](), 0.0, prior=prior, **params)
+    lams, path = aipo_path(Y, op, prior, lams=[0.0, 0.1, 1.0], **params)
+    single = AIPORegressor(op, 0.0, prior=prior, **params)
     assert np.array_equal(path[0], single.predict(Y)) and np.isfinite(path).all()
 
 
@@ -345,7 +344,7 @@ def test_every_row_has_its_own_operator():
     op = NonlinearOperator(scaled, out_shape=D, takes_params=True)
     params, X = rng.uniform(0.5, 2.0, 3), prior.sample(3, random_state=0)
     Y = FORMULAS["bent"](params[:, None] * X)
-    settings = dict(prior=prior, noise=GaussianNoise(0.1), max_evals=60, batch_size=2)
+    settings = dict(prior=prior, noise=GaussianNoise(0.1), max_evals=40, batch_size=2)
     X_hat = AIPORegressor(op, **settings).predict(Y, op_params=params)
     for i in range(3):
         own = NonlinearOperator(lambda x, s=params[i]: bent(s * x))
@@ -391,19 +390,11 @@ def test_searches_route_parameters_as_metadata():
     args = dict(prior=prior, noise=GaussianNoise(0.1), max_evals=8)
     with sklearn.config_context(enable_metadata_routing=True):
         model = AIPORegressor(Blur(None), **args).set_score_request(op_params=True)
-        search = GridSearchCV(model, {"lam": [0.5, 2.0]}, cv=2, error_score="raise")
+        search = GridSearchCV(model, {"lam": [0.5]}, cv=2, error_score="raise")
         search.fit(Y, X, op_params=kernels)
-    scores = search.cv_results_["mean_test_score"]
-    by_hand = [
-        np.mean(
-            [
-                AIPORegressor(Blur(None), lam, **args).score(Y[k], X[k], op_params=kernels[k])
-                for k in (slice(3), slice(3, 6))
-            ]
-        )
-        for lam in (0.5, 2.0)
-    ]
-    assert np.allclose(scores, by_hand, atol=1e-6)
+    for fold, k in enumerate((slice(3), slice(3, 6))):
+        by_hand = AIPORegressor(Blur(None), 0.5, **args).score(Y[k], X[k], op_params=kernels[k])
+        assert np.allclose(search.cv_results_[f"split{fold}_test_score"], by_hand, atol=1e-6)
     path = AIPORegressorCV(Blur(None), lams=[0.5, 2.0], cv=2, **args).fit(Y, X, op_params=kernels)
     assert path.predict(Y, op_params=kernels).shape == X.shape
 
@@ -456,7 +447,7 @@ def test_small_budgets_are_kept(space, n_starts, max_evals, schedule, lam):
     assert (result.n_evals <= max_evals).all()
 
 
-@pytest.mark.parametrize("lam", [0.0, 1e-6, 1.0])
+@pytest.mark.parametrize("lam", [0.0, 1e-6])
 def test_rows_are_the_same_alone(lam):
     prior = zero_mean_prior()
     op = PhaseRetrieval(MATRIX)
