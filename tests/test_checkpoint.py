@@ -209,14 +209,14 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_twice(tmp_path):
+def test_killed_three_times(tmp_path):
     n = 16
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(n=n))
     folder = tmp_path / "checkpoint"
     command = [sys.executable, str(script), str(folder)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    delays = np.random.default_rng(0).uniform(0, 0.2, size=2)
+    delays = np.random.default_rng(0).uniform(0, 0.2, size=3)
     kept, killed = {}, 0
     for delay in delays:
         process = subprocess.Popen(command, env=env)
@@ -232,7 +232,7 @@ def test_killed_twice(tmp_path):
         if killed == 1:
             assert 0 < len(kept) < n
     assert killed
-    # This process is the third, and as good as any.
+    # This process is the fourth, and as good as any.
     namespace = {"__name__": "script"}
     exec(compile(script.read_text(), "script", "exec"), namespace)
     result = namespace["run"](folder)

@@ -507,8 +507,16 @@ def test_adam_in_the_metric_paces_itself_by_the_steps_ahead():
         assert (pace == 1).all() and (betas[:, 0] == first).all() and (final == last).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("what", ["start", "lbfgs", "adam", "hybrid"])
+@pytest.mark.parametrize(
+    "what, dtype",
+    [
+        ("start", torch.float64),
+        ("start", torch.float32),
+        ("lbfgs", torch.float32),
+        ("adam", torch.float64),
+        ("hybrid", torch.float32),
+    ],
+)
 def test_rows_in_the_metric_are_alone(what, dtype):
     """In batches of 1, 7 and 20, and beside a row of 1e30, a constant one and an empty one."""
     methods = dict(lbfgs=LBFGS(), adam=Adam(preconditioner="gaussian", warm_up=10), hybrid=Hybrid())
@@ -578,7 +586,7 @@ def test_lambda_zero_and_rows_without_measurements():
     assert gaussian_start(objective, lam).isfinite().all()
     u = objective.in_space("latent").image(torch.zeros(5, 6).double())
     for method in (LBFGS(), Adam(preconditioner="gaussian"), Hybrid()):
-        solution = minimize(objective, u, lam, method, max_evals=100 + objective.n_evals)
+        solution = minimize(objective, u, lam, method, max_evals=40 + objective.n_evals)
         assert (solution.status != STATUS.index("diverged")).all(), method
         assert solution.u.isfinite().all()
 
@@ -650,7 +658,9 @@ def test_noise_without_curvature_is_that_of_its_unit_residual():
     metric = GaussianMetric(exact_surrogate(prior), objective)
     torch.testing.assert_close(metric.weight, torch.full((1, 3), 2.0).double())
     for solver in ("hybrid", "lbfgs"):
-        model = AIPORegressor(Denoising(), prior=prior, noise=Laplace(), solver=solver)
+        model = AIPORegressor(
+            Denoising(), prior=prior, noise=Laplace(), solver=solver, max_evals=150
+        )
         result = model.reconstruct(y)
         # |y - x| + x^2 / 2 has its minimum at y where |y| < 1, else at its sign.
         np.testing.assert_allclose(result.x, np.clip(y, -1, 1), atol=0.02)

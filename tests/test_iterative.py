@@ -359,7 +359,7 @@ def test_an_mle_that_the_projection_did_not_reach_is_infeasible(monkeypatch):
     prior = GaussianPrior(np.zeros(d), np.eye(d))
     Y = np.random.default_rng(0).standard_normal((3, d)) @ matrix.T
     Y[1] = 0.0
-    model = AIPORegressor(Product(matrix), 0.0, prior=prior)
+    model = AIPORegressor(Product(matrix), 0.0, prior=prior, max_evals=60)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert (model.reconstruct(Y).status == "converged").all()

@@ -56,6 +56,7 @@ MODELS = {
     "lbfgs in z": dict(solver="lbfgs", space="latent"),
     "geometric": dict(schedule="geometric"),
     "lattice": dict(schedule="lattice"),
+    "smoothed": dict(smoothing=0.3),
 }
 
 

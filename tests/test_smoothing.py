@@ -70,20 +70,21 @@ def test_two_evaluations_see_opposite_noise():
 def test_evaluations_are_unbiased(flow):
     scale = 0.3
     objective, x = smoothed(flow, scale)
-    seen = [objective.evaluate(x) for _ in range(1000)]
-    values = torch.stack([e.prior for e in seen]).numpy()
+    seen = [objective.evaluate(x) for _ in range(400)]
+    # (Means of pairs, which do not depend on each other.)
+    values = torch.stack([e.prior for e in seen]).numpy().reshape(200, 2, -1).mean(1)
     gradients = torch.stack([e.grad_prior for e in seen]).numpy()
     # Other noise, and autograd in place of the objective's own gradient.
-    noise = scale * np.random.default_rng(5).normal(size=(1000, *x.shape))
+    noise = scale * np.random.default_rng(5).normal(size=(2000, *x.shape))
     point = x.clone().requires_grad_()
     log_prob = objective.flow.log_prob((point + torch.as_tensor(noise)).flatten(0, 1))
-    expected = -log_prob.reshape(1000, -1).detach().numpy()
+    expected = -log_prob.reshape(2000, -1).detach().numpy()
     (gradient,) = torch.autograd.grad(-log_prob.mean() * len(x), point)
-    error = np.hypot(values.std(0), expected.std(0)) / np.sqrt(1000)
-    assert (abs(values.mean(0) - expected.mean(0)) <= 5 * error).all()
-    # (Means of pairs, which do not depend on each other.)
-    pairs = gradients.reshape(500, 2, *x.shape).mean(1)
-    spread = pairs.std(0) / np.sqrt(500) + gradients.std(0) / np.sqrt(1000)
+    error = values.std(0) / np.sqrt(200)
+    other = np.hypot(error, expected.std(0) / np.sqrt(2000))
+    assert (abs(values.mean(0) - expected.mean(0)) <= 5 * other).all()
+    pairs = gradients.reshape(200, 2, *x.shape).mean(1)
+    spread = pairs.std(0) / np.sqrt(200) + gradients.std(0) / np.sqrt(2000)
     assert (abs(pairs.mean(0) - gradient.numpy()) <= 5 * spread + 1e-9).all()
     if flow == "gaussian":
         precision = np.linalg.inv(gaussian_prior().covariance_)
@@ -133,11 +134,9 @@ def test_a_peak_finer_than_the_smoothing_is_not_fallen_for():
         return np.array(at) - smooth.min(1)
 
     assert (excess(grid[exact.argmin(1)])[:2] > [0.2, 0.05]).all()
-    for solver in ("adam", "hybrid"):
-        model = AIPORegressor(
-            Denoising(), prior=prior, noise=noise, smoothing=scale, solver=solver, max_evals=1000
-        )
-        x = model.predict(Y)[:, 0]
+    model = AIPORegressor(Denoising(), prior=prior, noise=noise, smoothing=scale)
+    for solver, max_evals in (("adam", 600), ("hybrid", 800)):
+        x = model.set_params(solver=solver, max_evals=max_evals).predict(Y)[:, 0]
         assert excess(x).max() < 0.01
         assert x[0] < 1.2 and x[1] < 1.35
 
@@ -164,7 +163,7 @@ STARTS = {
 def test_the_numbers_of_a_reconstruction_are_those_of_the_exact_objective(name):
     prior, op, Y = images()
     estimator, params = STARTS[name]
-    params = dict(op=op, prior=prior, noise=NOISE, max_evals=60, random_state=0) | params
+    params = dict(op=op, prior=prior, noise=NOISE, max_evals=36, random_state=0) | params
     if "op" in STARTS[name][1]:
         Y = params["op"](prior.sample(6, random_state=2))
     model = estimator(lam=0.7, smoothing=0.2, **params)
@@ -175,7 +174,7 @@ def test_the_numbers_of_a_reconstruction_are_those_of_the_exact_objective(name):
     np.testing.assert_allclose(result.misfit, misfit, rtol=1e-6)
     np.testing.assert_allclose(result.log_prob, log_prob, rtol=1e-6)
     np.testing.assert_allclose(result.objective, misfit - 0.7 * log_prob, rtol=1e-6)
-    assert (result.n_evals <= 60).all()
+    assert (result.n_evals <= 36).all()
     # A gradient with noise in it vanishes nowhere.
     assert not np.isin(result.status, ["converged", "diverged"]).any()
     again = model.reconstruct(Y)
@@ -210,31 +209,39 @@ def test_every_evaluation_is_counted(monkeypatch):
     assert sum(rows) == n_evals
 
 
-@pytest.mark.parametrize("n_starts, max_evals", [(1, 4), (1, 13), (2, 16)])
+@pytest.mark.parametrize("n_starts, max_evals, lam", [(1, 4, 0.7), (1, 13, 0.0), (2, 16, 0.7)])
 @pytest.mark.parametrize("name", STARTS)
-def test_the_budget_holds_whatever_the_start(name, n_starts, max_evals):
+def test_the_budget_holds_whatever_the_start(name, n_starts, max_evals, lam):
     prior, op, Y = images(n=3)
     estimator, params = STARTS[name]
     params = dict(op=op, prior=prior, noise=NOISE, random_state=0) | params
     if "op" in STARTS[name][1]:
         Y = params["op"](prior.sample(3, random_state=2))
     params |= dict(n_starts=n_starts, max_evals=max_evals, smoothing=0.2)
-    for lam in (0.0, 0.7):
-        result = estimator(lam=lam, **params).reconstruct(Y)
-        assert (result.n_evals <= max_evals).all() and np.isfinite(result.x).all()
-        if n_starts == 1:
-            assert result.disagreement is None
+    result = estimator(lam=lam, **params).reconstruct(Y)
+    assert (result.n_evals <= max_evals).all() and np.isfinite(result.x).all()
+    if n_starts == 1:
+        assert result.disagreement is None
 
 
 def test_several_starts_are_compared_by_the_smoothed_objective():
-    prior, noise = FlowPrior(flow=Spike()), GaussianNoise(0.7)
-    settings = dict(prior=prior, noise=noise, smoothing=0.3, max_evals=1200, random_state=0)
-    one = AIPORegressor(Denoising(), **settings)
-    Y = np.array([[1.2], [1.5], [-0.5]])
-    several = clone(one).set_params(n_starts=4).reconstruct(Y)
-    # By the exact objective the peak at 1.5 would win.
-    assert several.x[1, 0] < 1.42
-    assert (several.n_evals <= 1200).all()
+    """With steps that lead nowhere: one of the starts is taken as it is."""
+    model = AIPORegressor(
+        Denoising(),
+        prior=FlowPrior(flow=Spike()),
+        noise=GaussianNoise(0.7),
+        solver=GradientDescent(lipschitz=1e9),
+        schedule="direct",
+        n_starts=3,
+        max_evals=36,
+    )
+    Y = np.array([[1.5]])
+    # By the exact objective the measurement wins, which is in the peak.
+    exact = model.set_params(smoothing=0).reconstruct(Y)
+    assert exact.x[0, 0] == pytest.approx(1.5, abs=1e-3)
+    several = model.set_params(smoothing=2.5).reconstruct(Y)
+    assert several.x[0, 0] < 1.2
+    assert (several.n_evals <= 36).all()
 
 
 def test_no_row_is_left_with_a_budget_to_spend():
@@ -274,7 +281,7 @@ def test_what_has_run_away_is_not_returned():
         noise=NOISE,
         smoothing=0.1,
         solver=GradientDescent(lipschitz=3.0),
-        max_evals=600,
+        max_evals=200,
     )
     exact = clone(model).set_params(smoothing=0).reconstruct(Y)
     assert (model.reconstruct(Y).objective < exact.objective + 200).all()
@@ -282,7 +289,7 @@ def test_what_has_run_away_is_not_returned():
 
 def image_rows():
     prior, op, Y = images(n=7)
-    return AIPORegressor(op, prior=prior, noise=NOISE, smoothing=0.3, max_evals=60), Y
+    return AIPORegressor(op, prior=prior, noise=NOISE, smoothing=0.3, max_evals=30), Y
 
 
 def digit_rows():
@@ -302,9 +309,7 @@ def test_rows_do_not_depend_on_each_other(case):
         beside[3, 1:] = poison
         beside[3, 0] = 0.0 if np.isnan(poison) else poison
         assert np.array_equal(model.reconstruct(beside).x[others], together.x[others])
-    for n_jobs in (None, 2):
-        model.set_params(batch_size=3, n_jobs=n_jobs)
-        assert np.array_equal(model.reconstruct(Y).x, together.x)
+    assert np.array_equal(model.set_params(batch_size=3).reconstruct(Y).x, together.x)
 
 
 def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
@@ -321,9 +326,9 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
 def test_an_operator_of_each_row():
     """As if each row were solved for by itself, with its own operator."""
     prior = FlowPrior(flow=random_flow(Glow, (1, 4, 4)))
-    X = prior.sample(3, random_state=2)
+    X = prior.sample(2, random_state=2)
     masks = np.random.default_rng(0).random(X.shape) < 0.7
-    params = dict(prior=prior, noise=NOISE, smoothing=0.3, max_evals=40)
+    params = dict(prior=prior, noise=NOISE, smoothing=0.3, max_evals=30)
     together = AIPORegressor(Inpainting(), **params).reconstruct(X, op_params=masks)
     for i, mask in enumerate(masks):
         alone = AIPORegressor(Inpainting(), **params).reconstruct(X[[i]], op_params=mask[None])
@@ -346,7 +351,7 @@ def test_a_flow_without_inverse():
     both = FlowPrior(flow=TwoModes())
     results = [
         AIPORegressor(
-            Denoising(), prior=prior, noise=NOISE, smoothing=0.1, max_evals=300
+            Denoising(), prior=prior, noise=NOISE, smoothing=0.1, max_evals=150
         ).reconstruct(Y)
         for prior in (both, FlowPrior(flow=OneWay()).fit(both.sample(200, random_state=0)))
     ]
@@ -356,7 +361,7 @@ def test_a_flow_without_inverse():
 @pytest.mark.parametrize("schedule", ["lattice", "geometric"])
 def test_a_point_of_the_path_is_the_single_solve(schedule):
     prior, op, Y = images()
-    params = dict(prior=prior, noise=NOISE, schedule=schedule, smoothing=0.3, max_evals=90)
+    params = dict(prior=prior, noise=NOISE, schedule=schedule, smoothing=0.3, max_evals=60)
     lams, path, results, _ = aipo_path(Y, op, lams=[0.02, 0.5, 30.0], return_details=True, **params)
     for lam, x, result in zip(lams, path, results, strict=True):
         single = AIPORegressor(op, float(lam), **params).reconstruct(Y)
@@ -394,9 +399,9 @@ def test_lambda_is_chosen_for_the_smoothed_objective():
     prior, op, Y = images(n=10)
     X = prior.sample(10, random_state=2)
     search = AIPORegressorCV(
-        op, lams=[0.1, 1.0], prior=prior, noise=NOISE, smoothing=0.3, max_evals=60, cv=2
+        op, lams=[0.1, 1.0], prior=prior, noise=NOISE, smoothing=0.3, max_evals=40, cv=2
     ).fit(Y, X)
-    one = AIPORegressor(op, search.lam_, prior=prior, noise=NOISE, smoothing=0.3, max_evals=60)
+    one = AIPORegressor(op, search.lam_, prior=prior, noise=NOISE, smoothing=0.3, max_evals=40)
     assert np.array_equal(search.predict(Y), one.predict(Y))
 
 
@@ -463,7 +468,7 @@ def test_auto_averages_over_half_a_level():
 )
 def test_auto_is_exact_otherwise(params, prior_params):
     prior = FlowPrior(flow=Spike(), **prior_params)
-    settings = dict(prior=prior, noise=GaussianNoise(0.7), solver=Rough(), max_evals=60) | params
+    settings = dict(prior=prior, noise=GaussianNoise(0.7), solver=Rough(), max_evals=24) | params
     Y = np.array([[1.2], [1.5], [-0.5]])
     results = [
         AIPORegressor(Denoising(), smoothing=smoothing, **settings).reconstruct(Y)

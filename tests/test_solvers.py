@@ -149,57 +149,50 @@ def spy_on(objective):
     "name, operator, space", covering([*METHODS, "gd, 1/L"], OPERATORS, SPACES)
 )
 def test_every_method_reaches_the_closed_form(name, operator, space):
+    """Every row that of a lambda of its own."""
     objective, prior, op, y = gaussian_problem(operator, space)
-    lam = 0.7
+    lam = torch.tensor([3.0, 4.0, 5.0, 6.0, 10.0, 30.0]).double()
     if name == "gd, 1/L":
-        method = GradientDescent(lipschitz=lipschitz(objective, prior, op, lam))
+        lam = lam.clamp_max(5.0)
+        method = GradientDescent(lipschitz=lipschitz(objective, prior, op, 5.0))
     else:
         method = METHODS[name]()
-    solution = minimize(
-        objective, start_of(objective), rows_of(lam, 6), method, max_evals=1500, tol=1e-6
-    )
-    assert (solution.status == CONVERGED).all()
-    expected = prior.map_estimate(y, op, GaussianNoise(SIGMA), lam=lam)
-    np.testing.assert_allclose(solution.evaluation.x, expected, atol=2e-5)
-    np.testing.assert_allclose(objective.image(solution.u), solution.evaluation.x, atol=1e-12)
-    assert (objective.n_evals < 1500).all()
-
-
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", METHODS)
-def test_every_row_has_its_own_lambda(name, space):
-    n = 7
-    objective, prior, op, y = gaussian_problem("inpainting", space, n=n)
-    lam = torch.tensor([0.05, 0.1, 0.5, 1.0, 3.0, 10.0, 100.0]).double()
-    solution = minimize(
-        objective, start_of(objective), lam, METHODS[name](), max_evals=2000, tol=1e-7
-    )
+    solution = minimize(objective, start_of(objective), lam, method, max_evals=450, tol=1e-6)
     assert (solution.status == CONVERGED).all()
     assert torch.equal(solution.lam, lam)
-    for i in range(n):
+    for i in range(6):
         expected = prior.map_estimate(y[i : i + 1], op, GaussianNoise(SIGMA), lam=float(lam[i]))
         np.testing.assert_allclose(solution.evaluation.x[i], expected[0], atol=1e-5)
+    np.testing.assert_allclose(objective.image(solution.u), solution.evaluation.x, atol=1e-12)
+    assert (objective.n_evals < 450).all()
 
 
 @pytest.mark.parametrize(
     "name, schedule, space, operator",
-    covering(METHODS, SCHEDULES, SPACES, ["denoising", "compressed"], only=in_use),
+    covering(
+        METHODS,
+        SCHEDULES,
+        SPACES,
+        ["denoising", "compressed"],
+        # (On what is smooth the hybrid is L-BFGS.)
+        only=lambda *case: in_use(*case) and not (case[0] == "hybrid" and case[1] in SCHEDULES[:2]),
+    ),
 )
 def test_continuation_reaches_the_closed_form(name, schedule, space, operator):
     if isinstance(schedule, GeometricSchedule):
         schedule = GeometricSchedule(share=0.6)
     objective, prior, op, y = gaussian_problem(operator, space)
-    x0, _ = mle_start(objective, max_evals=300)
+    x0, _ = mle_start(objective, max_evals=100)
     solution = continuation(
         objective,
         objective.variable(x0),
-        0.7,
+        2.0,
         METHODS[name](),
         schedule,
-        max_evals=1200,
+        max_evals=500,
         tol=1e-6,
     )
-    expected = prior.map_estimate(y, op, GaussianNoise(SIGMA), lam=0.7)
+    expected = prior.map_estimate(y, op, GaussianNoise(SIGMA), lam=2.0)
     np.testing.assert_allclose(solution.evaluation.x, expected, atol=1e-3)
     converged = solution.status == CONVERGED
     np.testing.assert_allclose(solution.evaluation.x[converged], expected[converged], atol=2e-5)
@@ -213,8 +206,8 @@ def test_continuation_reaches_the_closed_form(name, schedule, space, operator):
 def test_converged_means_stationary_and_budget_means_spent(architecture, name, space):
     n, tol = 8, 5e-2
     objective = flow_problem(architecture, space, n, smooth=True)
-    lam = torch.logspace(-1, 1, n, dtype=torch.float64)
-    max_evals = torch.tensor([300, 12]).repeat(n // 2)
+    lam = torch.logspace(0, 2, n, dtype=torch.float64)
+    max_evals = torch.tensor([100, 8]).repeat(n // 2)
     solution = minimize(
         objective, start_of(objective), lam, METHODS[name](), max_evals=max_evals, tol=tol
     )
@@ -343,7 +336,7 @@ def bitwise_here(objective, sizes):
     whole = objective.evaluate(u)
     objective.n_evals.zero_()
     for size in sizes:
-        for rows in torch.arange(len(objective)).split(size):
+        for rows in torch.arange(len(objective)).split(size)[:4]:
             part = objective.evaluate(u[rows], rows)
             if any(not torch.equal(v, getattr(whole, k)[rows]) for k, v in vars(part).items()):
                 return False
@@ -358,13 +351,12 @@ def subset(objective, rows):
     )
 
 
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name, space", EACH)
 def test_rows_do_not_depend_on_the_batch(name, space):
     """On a problem with one minimum, to the tolerance; batches of 1, 7 and 64 rows."""
     objective, prior, op, y = gaussian_problem("compressed", space, n=64)
     lam = torch.logspace(-1, 1, 64, dtype=torch.float64)
-    options = dict(max_evals=200, tol=1e-4)
+    options = dict(max_evals=70, tol=1e-4)
     together = minimize(objective, start_of(objective), lam, METHODS[name](), **options)
     x, status = together.evaluation.x, together.status
     for rows in ([5], list(range(10, 17))):
@@ -375,9 +367,9 @@ def test_rows_do_not_depend_on_the_batch(name, space):
         assert torch.equal(part.n_evals, objective.n_evals[rows])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name, space, dtype", covering(METHODS, SPACES, [torch.float64, torch.float32])
+)
 def test_rows_are_the_same_bits_in_every_batch(name, space, dtype):
     """Where the flow's kernels allow it: the solvers then add nothing of their own.
 
@@ -406,12 +398,14 @@ def test_rows_are_the_same_bits_in_every_batch(name, space, dtype):
         assert torch.equal(part.n_evals, objective.n_evals[rows])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
-    "name, schedule",
+    "name, schedule, dtype",
     [
-        *((name, LinearSchedule(n_stages=4)) for name in METHODS),
-        ("lbfgs", AdaptiveSchedule(first=0.1)),
+        ("adam", LinearSchedule(n_stages=4), torch.float64),
+        ("lbfgs", LinearSchedule(n_stages=4), torch.float32),
+        ("gd", LinearSchedule(n_stages=4), torch.float64),
+        ("hybrid", LinearSchedule(n_stages=4), torch.float32),
+        ("lbfgs", AdaptiveSchedule(first=0.1), torch.float64),
     ],
 )
 def test_poisoned_neighbours(name, schedule, dtype):
@@ -497,7 +491,7 @@ def test_history_has_an_entry_per_evaluation_after_the_start():
 
 
 @pytest.mark.parametrize(
-    "name, schedule, max_evals", covering(METHODS, SCHEDULES, [4, 5, 8, 13, 31, 90], only=in_use)
+    "name, schedule, max_evals", covering(METHODS, SCHEDULES, [4, 5, 13, 40], only=in_use)
 )
 def test_the_budget_holds_everything_that_was_evaluated(name, schedule, max_evals):
     objective = flow_problem(space="image", n=9)
@@ -541,7 +535,7 @@ def test_adam_is_that_of_torch():
     u = start_of(objective)
     method = Adam(learning_rate=0.05, betas=(0.8, 0.95), final_rate=1.0)
     history = []
-    minimize(objective, u, lam, method, max_evals=60, tol=0.0, history=history)
+    minimize(objective, u, lam, method, max_evals=25, tol=0.0, history=history)
 
     tiny = torch.finfo(torch.float64).tiny ** 0.5
     parameter = torch.nn.Parameter(u.clone())
@@ -599,12 +593,11 @@ def test_descent_with_a_given_lipschitz_constant_takes_those_steps():
         torch.testing.assert_close(value, objective.evaluate(u).value(lam))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_lbfgs_finds_what_scipy_finds(seed):
-    n = 6
+def test_lbfgs_finds_what_scipy_finds():
+    n = 4
     objective = flow_problem(RealNVP, "latent", n, smooth=True)
     lam = torch.logspace(-1, 0.5, n, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     start = 0.5 * torch.randn(n, 6, dtype=torch.float64, generator=generator)
     solution = minimize(objective, start, lam, LBFGS(), max_evals=400, tol=1e-7)
     assert (solution.status == CONVERGED).all()
@@ -670,7 +663,7 @@ def test_lbfgs_keeps_its_curvature_when_lambda_changes():
 
 
 def test_lbfgs_is_warm_at_the_next_lambda():
-    objective = flow_problem(Glow, "latent", n=6, smooth=True)
+    objective = flow_problem(RealNVP, "latent", n=6, smooth=True)
     first = minimize(
         objective, start_of(objective), rows_of(1.0, 6), LBFGS(), max_evals=300, tol=1e-4
     )
@@ -746,8 +739,8 @@ def test_the_hybrid_is_lbfgs_where_the_objective_is_smooth(kind):
             objective = gaussian_problem("compressed")[0]
         else:
             objective = flow_problem(RealNVP, "latent", smooth=True)
-        lam = torch.logspace(-1, 0.5, 6, dtype=torch.float64)
-        solution = minimize(objective, start_of(objective), lam, method, max_evals=300, tol=1e-6)
+        lam = torch.logspace(-0.5, 0.5, 6, dtype=torch.float64)
+        solution = minimize(objective, start_of(objective), lam, method, max_evals=200, tol=1e-5)
         return solution, objective.n_evals
 
     hybrid, n_evals = solve(Hybrid())
@@ -811,37 +804,32 @@ def minimum_of_kinked(objective, i, lam):
     return -dual.fun - lam * objective.flow.log_prob(objective.flow.mean[None].double()).item()
 
 
-def test_the_hybrid_changes_over_at_kinks_and_ends_lower():
+def test_the_hybrid_changes_over_at_kinks_and_ends_low():
     lam = torch.linspace(0.2, 2.0, 20, dtype=torch.float64)
-    values, exact = {}, None
-    for name, method in (("hybrid", Hybrid()), ("lbfgs", LBFGS())):
-        objective = kinked_problem()
-        solution = minimize(objective, start_of(objective), lam, method, max_evals=300, tol=1e-6)
-        values[name] = solution.evaluation.value(lam).numpy()
-        assert (objective.n_evals <= 300).all()
-        if name == "hybrid":
-            changed = solution.memory["changed"]
-            assert changed.sum() > 10 and not changed.all(), "each row decides for itself"
-            assert (solution.status[~changed] == CONVERGED).all()
+    objective = kinked_problem()
+    solution = minimize(objective, start_of(objective), lam, Hybrid(), max_evals=300, tol=1e-6)
+    assert (objective.n_evals <= 300).all()
+    changed = solution.memory["changed"]
+    assert changed.sum() > 10 and not changed.all(), "each row decides for itself"
+    assert (solution.status[~changed] == CONVERGED).all()
     exact = np.array([minimum_of_kinked(objective, i, float(lam[i])) for i in range(20)])
-    above = {name: value - exact for name, value in values.items()}
-    assert min(above["hybrid"].min(), above["lbfgs"].min()) > -1e-7, "the dual is a lower bound"
-    assert above["hybrid"].max() < 0.05
+    above = solution.evaluation.value(lam).numpy() - exact
+    assert above.min() > -1e-7, "the dual is a lower bound"
+    assert above.max() < 0.05
 
 
 def test_where_kinks_are_many_the_hybrid_is_no_worse_than_lbfgs():
     """A flow of ReLU networks on images, whose log-density has a kink wherever a unit switches."""
-    values = {}
+    values, flow = {}, random_flow(Glow, (1, 8, 8), noise=0.1)
+    op, noise = Inpainting(np.arange(64) % 3 == 1), GaussianNoise(SIGMA)
+    x = flow.sample(8, generator=torch.Generator().manual_seed(0)).flatten(1)
     for name, method in (("hybrid", Hybrid()), ("lbfgs", LBFGS())):
-        flow = random_flow(Glow, (1, 8, 8), noise=0.1)
-        op, noise = Inpainting(np.arange(64) % 3 == 1), GaussianNoise(SIGMA)
-        x = flow.sample(8, generator=torch.Generator().manual_seed(0)).flatten(1)
         objective = make_objective(flow, op, noise, noise.add_noise(op(x.numpy())))
         objective.metric = GaussianMetric(surrogate_of(flow), objective)
         lam = rows_of(1, 8)
         u = gaussian_start(objective, lam)
-        solution = minimize(objective, u, lam, method, max_evals=150, tol=1e-5)
-        assert (objective.n_evals <= 150).all()
+        solution = minimize(objective, u, lam, method, max_evals=100, tol=1e-5)
+        assert (objective.n_evals <= 100).all()
         values[name] = solution.evaluation.value(lam).numpy()
         if name == "hybrid":
             assert solution.memory["changed"].sum() >= 4
@@ -940,7 +928,7 @@ def lambdas_of_rows(history, n):
     covering(
         METHODS,
         [schedule for schedule in SCHEDULES if not isinstance(schedule, DirectSchedule)],
-        [4, 6, 10, 25, 150],
+        [4, 6, 20, 80],
         only=in_use,
     ),
 )
@@ -1012,7 +1000,7 @@ def test_adaptive_steps_grow_and_shrink():
         history = []
         schedule = AdaptiveSchedule(first=0.01, share=0.9, **params)
         objective.n_evals.zero_()
-        continuation(objective, u, 1.0, method, schedule, max_evals=300, tol=0.0, history=history)
+        continuation(objective, u, 1.0, method, schedule, max_evals=100, tol=0.0, history=history)
         return [sorted(set(lams)) for lams in lambdas_of_rows(history, 3)]
 
     for lams in steps(GradientDescent(lipschitz=1e6), stage_evals=10, tol=1e-9):
@@ -1098,8 +1086,11 @@ def test_the_way_down_finds_the_other_valley(low):
     assert wrong == 0 if low else wrong > 0
 
 
-@pytest.mark.parametrize("name, space", EACH)
-def test_a_lattice_is_its_single_solves_and_costs_one_way_down_and_one_up(name, space):
+@pytest.mark.parametrize(
+    "name, space, singles",
+    [("lbfgs", "latent", (2, 6, 9)), ("hybrid", "image", (0, 3))],
+)
+def test_a_lattice_is_its_single_solves_and_costs_one_way_down_and_one_up(name, space, singles):
     schedule = LatticeSchedule(n_stages=6, top=30.0, span=1e3, middle=0.3)
     options = dict(max_evals=120, tol=1e-12)
 
@@ -1122,7 +1113,7 @@ def test_a_lattice_is_its_single_solves_and_costs_one_way_down_and_one_up(name, 
         order.append(targets[position])
         solved[targets[position]] = n_evals, so_far
         assert (n_evals <= 120).all()
-        if position in (0, 2, 3, 6, 9):
+        if position in singles:
             single, u_single, _ = begin()
             alone = continuation(
                 single, u_single, targets[position], METHODS[name](), schedule, **options
@@ -1165,27 +1156,27 @@ def test_a_new_stage_keeps_the_curvature_and_forgets_the_moments():
 
 @pytest.mark.parametrize("name, space", EACH)
 def test_a_path_is_its_single_solves(name, space):
-    targets = [0.03, 0.2, 0.25, 1.0, 8.0]
+    targets, schedule = [0.03, 0.2, 0.25, 8.0], GeometricSchedule(n_stages=6)
 
     def begin():
         objective = flow_problem(RealNVP, space, n=5)
         x0, _ = mle_start(objective, max_evals=15)
         return objective, objective.variable(x0), start_of(objective)
 
-    options = dict(max_evals=60, tol=1e-3)
+    options = dict(max_evals=50, tol=1e-3)
     objective, u, fallback = begin()
     path = continuation_path(
-        objective, u, targets, METHODS[name](), GeometricSchedule(), fallback=fallback, **options
+        objective, u, targets, METHODS[name](), schedule, fallback=fallback, **options
     )
     for target, (solution, n_evals, trunk_evals) in zip(targets, path, strict=True):
         single, u, fallback = begin()
         alone = continuation(
-            single, u, target, METHODS[name](), GeometricSchedule(), fallback=fallback, **options
+            single, u, target, METHODS[name](), schedule, fallback=fallback, **options
         )
         assert torch.equal(solution.u, alone.u)
         assert torch.equal(solution.status, alone.status)
         assert torch.equal(n_evals, single.n_evals)
-        assert (trunk_evals <= n_evals).all() and (n_evals <= 60).all()
+        assert (trunk_evals <= n_evals).all() and (n_evals <= 50).all()
 
 
 def test_rows_that_lose_their_way_go_on_from_the_fallback():
@@ -1231,7 +1222,7 @@ def null_projector(objective, i):
 def test_the_start_is_feasible_and_stationary(architecture, operator, dtype, solver):
     n, tol = 6, 2e-2
     objective = flow_problem(architecture, "image", n, operator, dtype=dtype, smooth=True)
-    x, converged = mle_start(objective, max_evals=200, tol=tol, solver=solver)
+    x, converged = mle_start(objective, max_evals=160, tol=tol, solver=solver)
     assert x.dtype == dtype
     residual = torch.where(objective.observed, objective.op.forward(x) - objective.y, 0.0)
     eps = torch.finfo(dtype).eps
@@ -1253,7 +1244,7 @@ def test_the_start_is_feasible_and_stationary(architecture, operator, dtype, sol
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_start_is_the_closed_form_at_lambda_zero(operator, solver, method):
     objective, prior, op, y = gaussian_problem(operator)
-    x, converged = mle_start(objective, max_evals=2000, tol=1e-7, solver=solver, method=method)
+    x, converged = mle_start(objective, max_evals=500, tol=1e-7, solver=solver, method=method)
     if solver == "lbfgs":
         assert (objective.n_evals <= 100).all()
     assert converged.all()
@@ -1288,8 +1279,8 @@ def test_lbfgs_starts_at_least_as_high_as_projected_gradient(architecture):
     log_prob = {}
     for solver in MLE_SOLVERS:
         objective = flow_problem(architecture, "image", 12, "inpainting", smooth=True)
-        x, _ = mle_start(objective, max_evals=60, solver=solver)
-        assert (objective.n_evals <= 60).all()
+        x, _ = mle_start(objective, max_evals=40, solver=solver)
+        assert (objective.n_evals <= 40).all()
         kept = torch.where(objective.observed, x - objective.y, 0.0)
         assert kept.abs().max() < 1e-12
         log_prob[solver] = objective.flow.log_prob(x)
@@ -1349,7 +1340,7 @@ def test_an_overdetermined_or_contradictory_system_has_a_least_squares_start(sol
     matrix = np.vstack((np.eye(6)[:2], np.eye(6)[:2]))  # two pixels, each measured twice
     y = np.array([[1.0, 2.0, 3.0, 5.0]])
     objective = make_objective(prior.flow_, matrix, None, y)
-    x, converged = mle_start(objective, max_evals=1000, tol=1e-7, solver=solver)
+    x, converged = mle_start(objective, max_evals=500, tol=1e-7, solver=solver)
     assert converged.all()
     np.testing.assert_allclose(x[0, :2], [2.0, 3.5], atol=1e-9)
     expected = prior.map_estimate([[2.0, 3.5]], np.eye(6)[:2], lam=0.0)
@@ -1365,8 +1356,8 @@ def test_all_rows_of_a_wide_mask_and_of_a_random_matrix_agree_with_their_own_mis
     rng = np.random.default_rng(4)
     for op in (CompressedSensing(4, random_state=1), Inpainting(np.arange(6) != 2)):
         m = op.bind((6,)).n_measurements_
-        y = drop_entries(rng.normal(size=(12, m)), seed=2, share=0.5)
+        y = drop_entries(rng.normal(size=(8, m)), seed=2, share=0.5)
         objective = make_objective(prior.flow_, op, None, y)
-        x, _ = mle_start(objective, max_evals=2000, tol=1e-7, solver=solver)
+        x, _ = mle_start(objective, max_evals=250, tol=1e-7, solver=solver)
         expected = np.vstack([prior.map_estimate(row[None], op, lam=0.0) for row in y])
         np.testing.assert_allclose(x, expected, atol=1e-5)

@@ -45,27 +45,30 @@ SCHEDULES = {
     "adaptive": AdaptiveSchedule,
 }
 SPACES, PENALTIES = ["image", "latent"], ["density", "latent"]
-EXAMPLES, ROWS = 100, 100
+EXAMPLES, ROWS = 58, 175
 
 # ------------------------------------------------------------------------------- random problems
 
 problems = st.fixed_dictionaries(
     dict(
         seed=st.integers(0, 2**32 - 1),
-        operator=st.sampled_from(["denoising", "inpainting", "compressed", "ill", "deficient"]),
         d=st.integers(2, 12),
-        prior=st.sampled_from(["gaussian", "ill", "realnvp", "tanh"]),
         noise=st.sampled_from(["squared", "gaussian", "per entry"]),
-        method=st.sampled_from(sorted(METHODS)),
         space=st.sampled_from(SPACES),
         penalty=st.sampled_from(PENALTIES),
-        schedule=st.sampled_from(["fixed", *SCHEDULES]),
-        start=st.sampled_from(["mle", "mode", "random", "gaussian"]),
         metric=st.booleans(),
         dtype=st.sampled_from([torch.float32, torch.float64]),
         tol=st.floats(-6, -2).map(lambda e: 10.0**e),
-        max_evals=st.sampled_from([5, 8, 20, 60, 120, 300]),
     )
+)
+# Dealt out and not drawn, so that any two of them meet.
+KINDS = dict(
+    method=METHODS,
+    schedule=SCHEDULES,
+    prior=["gaussian", "ill", "realnvp", "tanh"],
+    operator=["denoising", "inpainting", "compressed", "ill", "deficient"],
+    start=["mle", "mode", "random", "gaussian"],
+    max_evals=[5, 8, 20, 60, 200],
 )
 
 
@@ -375,20 +378,17 @@ def check_truth(problem, tally):
 
     # Stalled means that another method does not get on either.
     if stalled.any():
-        tally["stalled for good"] += int(is_stuck(problem, solution, stalled, problem.dtype).sum())
-        exact = is_stuck(problem, solution, stalled, torch.float64)
-        tally["stalled for good, float64"] += int(exact.sum())
+        tally["stalled for good"] += int(is_stuck(problem, solution, stalled).sum())
 
 
-def is_stuck(problem, solution, rows, dtype, n_evals=50):
+def is_stuck(problem, solution, rows, n_evals=50):
     """Rows of a mask that a fresh L-BFGS takes no further down than by 1e-4 of its terms."""
     objective = problem.objective
-    y = torch.where(objective.observed, objective.y, torch.nan)[rows].to(dtype)
-    flow = copy.deepcopy(objective.flow).to(dtype)
+    y = torch.where(objective.observed, objective.y, torch.nan)[rows]
     again = make_objective(
-        flow, objective.op, objective.noise, y, objective.space, objective.penalty
+        objective.flow, objective.op, objective.noise, y, objective.space, objective.penalty
     )
-    u, lam = solution.u[rows].to(dtype), problem.lam[rows].to(dtype)
+    u, lam = solution.u[rows], problem.lam[rows]
     before = again.evaluate(u)
     after = minimize(
         again, u, lam, LBFGS(), max_evals=n_evals + 1, tol=0.0, evaluation=before
@@ -398,12 +398,15 @@ def is_stuck(problem, solution, rows, dtype, n_evals=50):
 
 
 def test_ten_thousand_problems_end_truthfully():
-    tally = Counter()
+    tally, deck, dealt = Counter(), covering(*KINDS.values()), {}
+    assert len(deck) <= EXAMPLES
 
     @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(problems)
     def solve(drawn):
-        check_truth(Problem(drawn), tally)
+        # (The same again when hypothesis tries an example again.)
+        kinds = dealt.setdefault(str(drawn), deck[len(dealt) % len(deck)])
+        check_truth(Problem(drawn | dict(zip(KINDS, kinds, strict=True))), tally)
 
     solve()
     total = sum(tally[name] for name in STATUS)
@@ -533,8 +536,13 @@ def test_a_row_is_the_same_in_batches_of_1_7_and_64_and_beside_poison(
     same(model.reconstruct(spoilt), rest, rest)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method, schedule",
+    [
+        *[("adam", "fixed"), ("adam", "linear"), ("lbfgs", "linear"), ("lbfgs", "adaptive")],
+        *[("gd", "geometric"), ("gd", "adaptive"), ("hybrid", "fixed"), ("hybrid", "geometric")],
+    ],
+)
 def test_a_row_without_any_measurement_leaves_its_neighbours_alone(method, schedule):
     """Below the estimators, which refuse such a row."""
 
