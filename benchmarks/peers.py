@@ -194,7 +194,7 @@ COMMON = {
     "GlowIP": (glow_ip, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)),
 }
 # (For denoising it is Chambolle's problem once more.)
-DEEPINV = {"TV (deepinv)": (deepinv_tv, (0.01, 0.02, 0.05, 0.1, 0.2))}
+DEEPINV = {"TV (deepinv)": (deepinv_tv, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0))}
 PEERS = {
     "denoise .1": {**COMMON, **DENOISERS},
     "denoise .2": {**COMMON, **DENOISERS},
