@@ -680,7 +680,7 @@ def main(argv=None):
         ("flows", dict(nargs="+", choices=["glow", "realnvp"])),
         ("tasks", dict(nargs="+", choices=list(TASKS))),
         ("lams", dict(nargs="+", type=float)),
-        ("splits", dict(nargs="+", choices=["test", "ood"])),
+        ("splits", dict(nargs="+", choices=["test", "ood", "validation"])),
         ("images", dict(type=int)),
         ("seeds", dict(nargs="+", type=int)),
         ("evals", dict(type=int, help="of the paper's methods, a third of it for the MLE")),

@@ -32,7 +32,11 @@ NAMES = {
     OURS: "skaipo's default",
     EXACT: "skaipo, smoothing=0",
 }
-SPLITS = {"test": "in distribution", "ood": "out of distribution"}
+SPLITS = {
+    "test": "in distribution",
+    "ood": "out of distribution",
+    "validation": "validation images, which chose the learning rates",
+}
 FLOWS = {"glow": "Glow", "realnvp": "RealNVP"}
 # A run: what one command did.
 RUN = ("data", "evals", "seeds", "profile", "device", "tuned", "validation", "rates")
@@ -226,7 +230,7 @@ def coverage(rows, found):
         name: list(dict.fromkeys(key[i] for key in found))
         for i, name in enumerate(("flow", "split", "task", "lam"))
     }
-    whole = dict(flow=list(FLOWS), split=list(SPLITS), task=list(TASKS), lam=list(LAMS))
+    whole = dict(flow=list(FLOWS), split=["test", "ood"], task=list(TASKS), lam=list(LAMS))
     left = {name: [v for v in whole[name] if v not in run[name]] for name in whole}
     words = dict(flow="flows", split="splits", task="tasks", lam="lambdas")
     missing = "; ".join(
