@@ -459,6 +459,7 @@ def test_pickle(kind):
     other = pickle.loads(data)
     check_is_fitted(other)
     assert np.array_equal(other.score_samples(X), prior.score_samples(X), equal_nan=True)
+    assert torch.equal(other.flow_.clean, prior.flow_.clean)
     if prior.flow_.has_inverse:
         z = 0.7 * np.random.default_rng(1).normal(size=(3, X.shape[1]))
         expected = prior.inverse_transform(z)
