@@ -338,8 +338,8 @@ What is compared:
 - **skaipo's default**: `AIPORegressor(op, lam, prior=prior, noise=noise)` as it comes, with a tenth
   of the evaluations: rows whose density is too rough for quasi-Newton steps, nearly all of faces,
   have it averaged over noise of [half a grey level](guide/lam.md), and do not minimise the same
-  objective to the end. **smoothing=0** is the same without, and the better one in `make paper-small`
-  on digits (compressed sensing, lambda 0.5: 18.5 against 17.2 dB).
+  objective to the end. **smoothing=0** is the same without, and the better one in the small
+  profile on digits (compressed sensing, lambda 0.5: 18.5 against 17.2 dB).
 
 Lambda is in Bayes form: at 1 the objective is the negative log-posterior, in nats. Noise is 0.1 of
 the grey-level range for denoising and 0.05 for the other tasks. Noise, masks, measurement matrices
