@@ -182,14 +182,14 @@ def test_continuation_reaches_the_closed_form(name, schedule, space, operator):
     if isinstance(schedule, GeometricSchedule):
         schedule = GeometricSchedule(share=0.6)
     objective, prior, op, y = gaussian_problem(operator, space)
-    x0, _ = mle_start(objective, max_evals=100)
+    x0, _ = mle_start(objective, max_evals=20)
     solution = continuation(
         objective,
         objective.variable(x0),
         2.0,
         METHODS[name](),
         schedule,
-        max_evals=500,
+        max_evals=600,
         tol=1e-6,
     )
     expected = prior.map_estimate(y, op, GaussianNoise(SIGMA), lam=2.0)
@@ -207,7 +207,7 @@ def test_converged_means_stationary_and_budget_means_spent(architecture, name, s
     n, tol = 8, 5e-2
     objective = flow_problem(architecture, space, n, smooth=True)
     lam = torch.logspace(0, 2, n, dtype=torch.float64)
-    max_evals = torch.tensor([100, 8]).repeat(n // 2)
+    max_evals = torch.tensor([80, 8]).repeat(n // 2)
     solution = minimize(
         objective, start_of(objective), lam, METHODS[name](), max_evals=max_evals, tol=tol
     )
@@ -415,7 +415,7 @@ def test_poisoned_neighbours(name, schedule, dtype):
 
     def solve(poison):
         objective = flow_problem(Glow, "image", n, operator="inpainting", dtype=dtype)
-        exact = bitwise_here(objective, (5, 8, n - 1, n))
+        exact = not poison and bitwise_here(objective, (5, 8, n - 1, n))
         if poison:
             objective.y[3] = 1e30
             objective.y[8] = 0.25
@@ -594,7 +594,7 @@ def test_descent_with_a_given_lipschitz_constant_takes_those_steps():
 
 
 def test_lbfgs_finds_what_scipy_finds():
-    n = 4
+    n = 3
     objective = flow_problem(RealNVP, "latent", n, smooth=True)
     lam = torch.logspace(-1, 0.5, n, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -1088,15 +1088,15 @@ def test_the_way_down_finds_the_other_valley(low):
 
 @pytest.mark.parametrize(
     "name, space, singles",
-    [("lbfgs", "latent", (2, 6, 9)), ("hybrid", "image", (0, 3))],
+    [("lbfgs", "latent", (6, 9)), ("hybrid", "image", (0, 3))],
 )
 def test_a_lattice_is_its_single_solves_and_costs_one_way_down_and_one_up(name, space, singles):
     schedule = LatticeSchedule(n_stages=6, top=30.0, span=1e3, middle=0.3)
-    options = dict(max_evals=120, tol=1e-12)
+    options = dict(max_evals=120, tol=1e-2)
 
     def begin():
         objective = flow_problem(RealNVP, space, n=5)
-        x0, _ = mle_start(objective, max_evals=15)
+        x0, _ = mle_start(objective, max_evals=5)
         return objective, objective.variable(x0), start_of(objective)
 
     objective, u, fallback = begin()
@@ -1160,10 +1160,10 @@ def test_a_path_is_its_single_solves(name, space):
 
     def begin():
         objective = flow_problem(RealNVP, space, n=5)
-        x0, _ = mle_start(objective, max_evals=15)
+        x0, _ = mle_start(objective, max_evals=5)
         return objective, objective.variable(x0), start_of(objective)
 
-    options = dict(max_evals=50, tol=1e-3)
+    options = dict(max_evals=40, tol=1e-3)
     objective, u, fallback = begin()
     path = continuation_path(
         objective, u, targets, METHODS[name](), schedule, fallback=fallback, **options
@@ -1176,7 +1176,7 @@ def test_a_path_is_its_single_solves(name, space):
         assert torch.equal(solution.u, alone.u)
         assert torch.equal(solution.status, alone.status)
         assert torch.equal(n_evals, single.n_evals)
-        assert (trunk_evals <= n_evals).all() and (n_evals <= 50).all()
+        assert (trunk_evals <= n_evals).all() and (n_evals <= 40).all()
 
 
 def test_rows_that_lose_their_way_go_on_from_the_fallback():
@@ -1217,12 +1217,14 @@ def null_projector(objective, i):
         ["inpainting", "compressed"],
         [torch.float64, torch.float32],
         MLE_SOLVERS,
+        # (Slow, and each two of them meet elsewhere.)
+        only=lambda *case: (case[0], case[1], case[3]) != (Glow, "compressed", "pgd"),
     ),
 )
 def test_the_start_is_feasible_and_stationary(architecture, operator, dtype, solver):
     n, tol = 6, 2e-2
     objective = flow_problem(architecture, "image", n, operator, dtype=dtype, smooth=True)
-    x, converged = mle_start(objective, max_evals=160, tol=tol, solver=solver)
+    x, converged = mle_start(objective, max_evals=110, tol=tol, solver=solver)
     assert x.dtype == dtype
     residual = torch.where(objective.observed, objective.op.forward(x) - objective.y, 0.0)
     eps = torch.finfo(dtype).eps
@@ -1244,7 +1246,7 @@ def test_the_start_is_feasible_and_stationary(architecture, operator, dtype, sol
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_start_is_the_closed_form_at_lambda_zero(operator, solver, method):
     objective, prior, op, y = gaussian_problem(operator)
-    x, converged = mle_start(objective, max_evals=500, tol=1e-7, solver=solver, method=method)
+    x, converged = mle_start(objective, max_evals=300, tol=1e-7, solver=solver, method=method)
     if solver == "lbfgs":
         assert (objective.n_evals <= 100).all()
     assert converged.all()
@@ -1340,7 +1342,7 @@ def test_an_overdetermined_or_contradictory_system_has_a_least_squares_start(sol
     matrix = np.vstack((np.eye(6)[:2], np.eye(6)[:2]))  # two pixels, each measured twice
     y = np.array([[1.0, 2.0, 3.0, 5.0]])
     objective = make_objective(prior.flow_, matrix, None, y)
-    x, converged = mle_start(objective, max_evals=500, tol=1e-7, solver=solver)
+    x, converged = mle_start(objective, max_evals=300, tol=1e-7, solver=solver)
     assert converged.all()
     np.testing.assert_allclose(x[0, :2], [2.0, 3.5], atol=1e-9)
     expected = prior.map_estimate([[2.0, 3.5]], np.eye(6)[:2], lam=0.0)

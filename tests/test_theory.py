@@ -23,7 +23,7 @@ def problem(identity, seed=0):
     factor = rng.normal(size=(D, D))
     covariance = 0.3 * factor @ factor.T / D + np.eye(D)
     prior = GaussianPrior(rng.normal(size=D), covariance)
-    A = np.eye(D) if identity else np.eye(D) + 0.05 * rng.normal(size=(D, D))
+    A = np.eye(D) if identity else np.eye(D) + 0.03 * rng.normal(size=(D, D))
     op = Denoising() if identity else MatrixOperator(A)
     Y = prior.sample(4, random_state=seed) @ A.T + SIGMA * rng.normal(size=(4, D))
     precision = np.linalg.inv(covariance)
