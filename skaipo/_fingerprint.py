@@ -12,6 +12,7 @@ import inspect
 import sys
 import textwrap
 import types
+import weakref
 from collections import OrderedDict
 
 import numpy as np
@@ -73,11 +74,23 @@ def _own(obj):
         return []
     functions = _functions(obj)
     try:
-        code = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(obj))))
+        code = _source(obj)
     except (OSError, TypeError, SyntaxError):
         # Typed at a prompt or piped into Python: what it was compiled to.
         code = [_code(function.__code__) for function in functions]
     return [code, [_read(function) for function in functions]]
+
+
+# By class or function, for as long as it lives: inspect parses the whole file to find a class.
+_SOURCES = weakref.WeakKeyDictionary()
+
+
+def _source(obj):
+    """The source of a class or function, formatting aside."""
+    if (source := _SOURCES.get(obj)) is None:
+        source = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(obj))))
+        _SOURCES[obj] = source
+    return source
 
 
 def _code(code):
