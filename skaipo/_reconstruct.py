@@ -61,6 +61,9 @@ class Reconstruction:
         With several starts: root mean square over the pixels, in their units, of the difference
         between ``x`` and the farthest of the other starts' results. Large against the noise: the
         reconstruction is not unique, or ``max_evals`` too small.
+    smoothed : ndarray of bool of shape (n_samples,)
+        Rows solved by an average of the density over noise (``smoothing``), from the start or, with
+        "auto", from where it turned out to be too rough. They are never called converged.
     lam_history, objective_history : list of ndarray, or None
         Per row: lambda, and the objective at that lambda, after each iteration of the solver; the
         start is not included; of several starts, the best. With ``smoothing`` as the solver saw it.
@@ -76,6 +79,7 @@ class Reconstruction:
     status: np.ndarray
     lam: float
     disagreement: np.ndarray | None = None
+    smoothed: np.ndarray | None = None
     lam_history: list | None = None
     objective_history: list | None = None
 
@@ -236,9 +240,9 @@ def unfinished(result, max_evals, tol, smoothing, rough_only):
             f"{counts['stalled']} stalled). Raise max_evals, or, where that changes "
             f"little, tol={tol:g}: a row that has stalled gets no further. "
             + (
-                "Rows in which the density is too rough for L-BFGS are solved by its average "
-                "(smoothing='auto') and never called converged. "
-                if smoothing and result.lam > 0
+                f"In {rough} of the {n} the density is too rough for L-BFGS: they are solved by "
+                f"its average (smoothing='auto') and never called converged. "
+                if (rough := int(result.smoothed.sum()))
                 else ""
             )
             + "See reconstruct(Y).status."
@@ -342,7 +346,9 @@ def _solve_rows(problem, y, starts, params):
             value = None
             if looks:
                 solution, value = _seen_exactly(objective, lam, solution, len(starts) > 1)
-            results[lam] = _result(objective, lam, solution, n_evals, history)
+            results[lam] = _result(
+                objective, lam, solution, n_evals, _smoothed(problem, solution, lam), history
+            )
             if value is not None:
                 results[lam]["rank"] = to_numpy(value)
             spent = so_far
@@ -494,7 +500,19 @@ def _first(problem, objective, lams):
     return problem.schedule.trunk(objective)[0] if hasattr(problem.schedule, "trunk") else lams[0]
 
 
-def _result(objective, lam, solution, n_evals, history):
+def _smoothed(problem, solution, lam):
+    """Rows (n,), bool, whose density was averaged on the way to the solution."""
+    like = solution.status
+    if lam == 0 or problem.smoothing == 0:
+        return torch.zeros_like(like, dtype=torch.bool)
+    if not problem.rough_only:
+        return torch.ones_like(like, dtype=torch.bool)
+    # (Some were there before the first average.)
+    rough = problem.method.rough_rows(solution.memory, like)
+    return rough & (like != STATUS.index("converged"))
+
+
+def _result(objective, lam, solution, n_evals, smoothed, history):
     best = solution.evaluation
     arrays = dict(
         x=best.x,
@@ -504,6 +522,7 @@ def _result(objective, lam, solution, n_evals, history):
         n_evals=n_evals,
         n_observed=objective.observed.sum(1),
         status=solution.status,
+        smoothed=smoothed,
     )
     result = {key: to_numpy(value) for key, value in arrays.items()}
     result["arrays"] = tuple(arrays)

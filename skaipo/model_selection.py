@@ -371,7 +371,7 @@ class AIPORegressorCV(Continuation, Regressor):
         if frozen and sum(len(test) for _, test in folds) > _num_samples(X):
             shared, n_evals = fitted._solve(X, targets, mask, op_params=op_params)
         scores, errors = np.empty((len(lams), len(folds))), np.empty((len(lams), len(folds)))
-        short = solved = 0
+        short = solved = rough = 0
         for k, (train, test) in enumerate(folds):
             Y_test, X_test, mask_test, params_test = _rows(test, X, y, mask, op_params)
             estimator = fitted
@@ -388,7 +388,9 @@ class AIPORegressorCV(Continuation, Regressor):
             for i, result in enumerate(results):
                 # (With smoothing they end with the budget, as was asked for.)
                 fine = ("converged", "budget") if self._common_smoothing() else ("converged",)
-                short += int((~np.isin(result.status, fine)).sum())
+                unfinished = ~np.isin(result.status, fine)
+                short += int(unfinished.sum())
+                rough += int((unfinished & result.smoothed).sum())
                 solved += len(result.status)
                 if getattr(self, "_one_output", False):
                     result.x = result.x.reshape(len(result.x))
@@ -399,7 +401,13 @@ class AIPORegressorCV(Continuation, Regressor):
             warnings.warn(
                 f"{short} of {solved} solves along the path stopped before they converged: the "
                 f"scores are those of shorter runs than predict's. Raise max_evals if two lambdas "
-                f"are close, and prefer schedule='lattice' where the prior is a flow of images.",
+                f"are close, and prefer schedule='lattice' where the prior is a flow of images."
+                + (
+                    f" In {rough} of them the density is too rough for L-BFGS: they are solved by "
+                    f"its average (smoothing='auto') and never called converged."
+                    if rough
+                    else ""
+                ),
                 ConvergenceWarning,
                 stacklevel=2,
             )
