@@ -253,8 +253,14 @@ class Bench:
         r = climb(r, len(rates), lambda i: score(LAMS[k], rates[i]))
         k = climb(k, len(LAMS), lambda i: score(LAMS[i], rates[r]))
         r = climb(r, len(rates), lambda i: score(LAMS[k], rates[i]))
-        lams = [LAMS[k], LAMS[k] / 2**0.5, LAMS[k] * 2**0.5]
-        return max(lams, key=lambda lam: score(lam, rates[r])), rates[r]
+        lam, rate = LAMS[k], rates[r]
+        # Between the points of the grids.
+        for factor in (2**0.5, 2**0.25):
+            lam = max((lam, lam / factor, lam * factor), key=lambda lam: score(lam, rate))
+            if rate is not None:
+                near = (rate, rate / factor, rate * factor)
+                rate = max(near, key=lambda rate: score(lam, rate))
+        return lam, rate
 
     # --------------------------------------------------------------------------------- parts
 
@@ -502,7 +508,8 @@ def draw(rows, path):
                 ("excess", "excess", "psnr"),
                 strict=True,
             ):
-                axis.plot([r[x] for r in line], [r[y] for r in line], ".-", label=label)
+                points = [[float(r[name]) for r in line] for name in (x, y)]
+                axis.plot(*points, ".-", label=label)
         for axis in column[:2]:
             # The best of all is zero above the best.
             axis.set_yscale("symlog", linthresh=1e-3)
@@ -511,7 +518,7 @@ def draw(rows, path):
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter("")
         for axis in column[::2]:
-            budgets = sorted({row["budget"] for row in mine})
+            budgets = sorted({int(row["budget"]) for row in mine})
             axis.set_xticks(budgets, [str(budget) for budget in budgets])
         column[0].set_title(f"{task}, {flow}")
         for axis, label in zip(
@@ -526,7 +533,7 @@ def draw(rows, path):
         strict=True,
     ):
         axis.set_ylabel(label)
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=100)
 
 
@@ -584,7 +591,7 @@ def main():
     for row in fresh:
         print({k: v for k, v in row.items() if k not in versions and v != ""})
     if "curves" in args.parts:
-        draw(bench.table, HERE.parent / "docs" / "images" / "solvers.png")
+        draw(rows, HERE.parent / "docs" / "images" / "solvers.png")
 
 
 if __name__ == "__main__":

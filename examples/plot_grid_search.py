@@ -74,15 +74,12 @@ print(f"{'AIPORegressorCV':16s} {search.lam_:8.3g} {search.n_evals_:12d} {search
 print(f"largest difference of their mean scores: {difference.max():.1e}")
 
 # %%
-# Both are estimators: ``predict`` reconstructs new measurements at the lambda that was chosen. Once
-# it is known, :class:`~skaipo.AIPORegressor` with its default schedule spends all evaluations at
-# that lambda and comes closer to the minimum. (A lower objective need not be a higher PSNR.)
+# Both are estimators: ``predict`` reconstructs new measurements at the lambda that was chosen. A
+# point of the path has part of the evaluations only; ``AIPORegressorCV`` spends all of them at that
+# lambda and comes closer to the minimum. (A lower objective need not be a higher PSNR.)
 
-for name, model in {
-    "AIPORegressorCV": search,
-    "AIPORegressor": AIPORegressor(op, search.lam_, **params),
-}.items():
-    result = model.reconstruct(Y_new)
+for name, model in {"GridSearchCV": grid, "AIPORegressorCV": search}.items():
+    result = getattr(model, "best_estimator_", model).reconstruct(Y_new)
     psnr = psnr_score(X_new, result.x, data_range=16)
     print(f"{name:16s} mean objective {result.objective.mean():6.2f}, PSNR {psnr:.2f} dB")
 

@@ -201,7 +201,10 @@ class AIPORegressorCV(Continuation, Regressor):
         where there are none, :func:`~skaipo.metrics.discrepancy_scorer`.
     prior, noise, solver, space, penalty, smoothing, schedule, max_evals, tol, batch_size, n_jobs
         As in :class:`AIPORegressor`, but for ``schedule``, "geometric" or "lattice": the path's.
-        ``predict`` solves at ``lam_`` alone, as :class:`AIPORegressor` does by default.
+        ``predict`` solves at ``lam_`` alone, as :class:`AIPORegressor` does by default. (Along
+        "geometric" the scores are those of the exact density, while ``predict`` averages it in
+        rough rows, by ``smoothing="auto"``, where a larger lambda is often the best one: with a
+        flow of images take "lattice", which averages along the path as well, or ``smoothing=0``.)
     init, mle_solver, n_starts, random_state, verbose
         As in :class:`AIPORegressor`.
 

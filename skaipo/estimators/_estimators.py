@@ -164,13 +164,15 @@ class Continuation:
 class AIPORegressor(Continuation, Regressor):
     """MAP reconstruction with a flow as prior: ``argmin_x nll(y, f(x)) - lam * log p_G(x)``.
 
-    The defaults are what reached the lowest objective per flow evaluation on denoising, inpainting
-    and compressed sensing of faces (``benchmarks/solvers.py``; ``docs/solvers.md`` has the figures,
-    and tells where another solver has the higher PSNR): start from the solution under a Gaussian
-    with the prior's two moments, and minimise at the target, in the metric of that Gaussian's
-    posterior. AIPO as Liu et al. (2023) run it starts at ``lam = 0`` instead, at the most probable
-    image that explains the measurements exactly, and follows it along a sequence of lambdas with
-    Adam in image space::
+    The defaults start from the solution under a Gaussian with the prior's two moments, and minimise
+    at the target, in the metric of that Gaussian's posterior: with ``smoothing=0`` this reached the
+    lowest objective per flow evaluation on denoising, inpainting and compressed sensing of faces
+    (``benchmarks/solvers.py``; ``docs/solvers.md`` has the figures). ``smoothing="auto"`` has the
+    higher PSNR there, at an exact objective some percent higher.
+
+    AIPO as Liu et al. (2023) run it starts at ``lam = 0`` instead, at the most probable image that
+    explains the measurements exactly, and follows it along a sequence of lambdas with Adam in image
+    space::
 
         AIPORegressor(op, lam, solver="adam", schedule="linear", init="mle", mle_solver="pgd")
 
@@ -205,12 +207,14 @@ class AIPORegressor(Continuation, Regressor):
         trained with dequantisation, in those rows where the exact density is too rough for
         quasi-Newton steps, so that "hybrid" goes over to Adam, with a fixed lambda and with the
         schedules "direct" and "lattice"; other rows, schedules, solvers, spaces and penalties see
-        the exact one. A number: in all rows, which needs ``space="image"``, ``penalty="density"``
-        and a solver that bears noise in its gradients, "hybrid" or "adam". 0: the exact density
-        throughout.
+        the exact one. A number: in all rows, for ``space="image"``, ``penalty="density"`` and
+        schedules other than "adaptive" and :class:`~skaipo.solvers.TheorySchedule`, best with a
+        solver that bears noise in its gradients, "hybrid" or "adam" (others may stall); that rows
+        end with the budget is then not warned of. 0: the exact density throughout.
 
         What is reported are the numbers of the exact objective at the result. Where that was
-        averaged its minimiser is another, and above ``lam=0`` such a row is not called converged.
+        averaged its minimiser is another, and above ``lam=0`` such a row is not called converged:
+        ``reconstruct(Y).smoothed`` marks it.
     schedule : {"direct", "linear", "geometric", "lattice", "adaptive"} or schedule object, \
             default="direct"
         How lambda moves: not at all (the target from the first step), up in equal steps
