@@ -63,7 +63,7 @@ aipo = AIPOTransformer(
     solver="lbfgs",
     space="latent",
     penalty="latent",
-    max_evals=60,
+    max_evals=40,
     batch_size=256,  # faster than the default for images as small as these, with the same results
 )
 steps = {
