@@ -233,20 +233,27 @@ def unfinished(result, max_evals, tol, smoothing, rough_only):
                 f"{counts['stalled']} of {n} rows stalled: the noise of smoothing={smoothing:g} is "
                 f"too much for the solver. Take solver='hybrid' or 'adam', or less smoothing."
             )
-    elif counts["budget"] + counts["stalled"]:
-        yield (
-            f"{counts['budget'] + counts['stalled']} of {n} rows stopped before they converged "
+    elif short := counts["budget"] + counts["stalled"]:
+        rough = int((result.smoothed & np.isin(result.status, ("budget", "stalled"))).sum())
+        message = (
+            f"{short} of {n} rows stopped before they converged "
             f"({counts['budget']} ran out of evaluations with max_evals={max_evals}, "
-            f"{counts['stalled']} stalled). Raise max_evals, or, where that changes "
-            f"little, tol={tol:g}: a row that has stalled gets no further. "
+            f"{counts['stalled']} stalled). "
             + (
                 f"In {rough} of the {n} the density is too rough for L-BFGS: they are solved by "
-                f"its average (smoothing='auto') and never called converged. "
-                if (rough := int(result.smoothed.sum()))
+                f"its average (smoothing='auto') and never called converged; compare with twice "
+                f"the max_evals. See reconstruct(Y).smoothed. "
+                if rough
                 else ""
             )
-            + "See reconstruct(Y).status."
+            + (
+                f"Raise max_evals, or, where that changes little, tol={tol:g}: a row that has "
+                f"stalled gets no further. See reconstruct(Y).status."
+                if short > rough
+                else ""
+            )
         )
+        yield message.rstrip()
 
 
 def solve_chunk(problem, y, starts, params=None):
