@@ -319,11 +319,12 @@ can be compared.
 
 Faces need the images and `benchmarks/train_faces_prior.py` (25 minutes a flow, once; not counted
 below); without them `make paper-small` runs on scikit-learn's digits with the prior that ships with
-skaipo. On digits it takes 3 minutes on two cores of our machine, at all of the paper's evaluations,
-learning rates included. On faces, at a tenth of them, it took 13 processor minutes before couplings
-were compiled, and takes less now. Its 20 digits leave the differences in PSNR open, by up to 2 dB
-in compressed sensing (13 numbers for 64 pixels), where the default is 1.2 dB below `smoothing=0` at
-lambda 0.5; on the 160 digits below (`--images 160 --chunk 80`) the two are level there.
+skaipo. On digits it takes 3 to 10 minutes on two cores (ours are shared, and not always as fast),
+at all of the paper's evaluations, learning rates included. On faces, at a tenth of them, it took 13
+processor minutes before couplings were compiled, and takes less now. Its 20 digits leave the
+differences in PSNR open, by up to 2 dB in compressed sensing (13 numbers for 64 pixels), where the
+default is 1.2 dB below `smoothing=0` at lambda 0.5; on the 160 digits below (`--images 160
+--chunk 80`) the two are level there.
 
 What is compared:
 
