@@ -78,10 +78,12 @@ print(f"largest difference of their mean scores: {difference.max():.1e}")
 # point of the path has part of the evaluations only; ``AIPORegressorCV`` spends all of them at that
 # lambda and comes closer to the minimum. (A lower objective need not be a higher PSNR.)
 
-for name, model in {"GridSearchCV": grid, "AIPORegressorCV": search}.items():
-    result = getattr(model, "best_estimator_", model).reconstruct(Y_new)
+objective = {}
+for name, model in {"GridSearchCV": grid.best_estimator_, "AIPORegressorCV": search}.items():
+    result = model.reconstruct(Y_new)
+    objective[name] = result.objective.mean()
     psnr = psnr_score(X_new, result.x, data_range=16)
-    print(f"{name:16s} mean objective {result.objective.mean():6.2f}, PSNR {psnr:.2f} dB")
+    print(f"{name:16s} mean objective {objective[name]:6.2f}, PSNR {psnr:.2f} dB")
 
 # %%
 # On the left the errors of both lie on each other: the dots are ``GridSearchCV``, the line is

@@ -25,7 +25,7 @@ from skaipo.operators._base import describe
 
 __all__ = ["Checkpoint", "describe_run"]
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "manifest.json"
 _PREFIX, _SUFFIX = ".skaipo-", ".tmp"
 # Seconds after which a temporary file has been left behind. One that is younger may belong to

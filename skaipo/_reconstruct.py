@@ -23,7 +23,7 @@ from skaipo.solvers import (
     off_centre,
 )
 
-__all__ = ["Problem", "Reconstruction", "far_off", "solve_chunk"]
+__all__ = ["Problem", "Reconstruction", "averaged", "far_off", "solve_chunk", "unfinished"]
 
 # The paper's number of projected-gradient iterations for the MLE start.
 _MLE_EVALS = 500
@@ -61,7 +61,7 @@ class Reconstruction:
         With several starts: root mean square over the pixels, in their units, of the difference
         between ``x`` and the farthest of the other starts' results. Large against the noise: the
         reconstruction is not unique, or ``max_evals`` too small.
-    smoothed : ndarray of bool of shape (n_samples,)
+    smoothed : ndarray of bool of shape (n_samples,), or None
         Rows solved by an average of the density over noise (``smoothing``), from the start or, with
         "auto", from where it turned out to be too rough. They are never called converged.
     lam_history, objective_history : list of ndarray, or None
@@ -240,9 +240,8 @@ def unfinished(result, max_evals, tol, smoothing, rough_only):
             f"({counts['budget']} ran out of evaluations with max_evals={max_evals}, "
             f"{counts['stalled']} stalled). "
             + (
-                f"In {rough} of the {n} the density is too rough for L-BFGS: they are solved by "
-                f"its average (smoothing='auto') and never called converged; compare with twice "
-                f"the max_evals. See reconstruct(Y).smoothed. "
+                f"{averaged(rough, n)} Compare with twice the max_evals, and see "
+                f"reconstruct(Y).smoothed. "
                 if rough
                 else ""
             )
@@ -254,6 +253,14 @@ def unfinished(result, max_evals, tol, smoothing, rough_only):
             )
         )
         yield message.rstrip()
+
+
+def averaged(rough, n):
+    """What to say of the rows that "auto" smooths."""
+    return (
+        f"In {rough} of the {n} the density is too rough for L-BFGS: they are solved by its "
+        f"average (smoothing='auto') and never called converged."
+    )
 
 
 def solve_chunk(problem, y, starts, params=None):

@@ -12,6 +12,7 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils import _safe_indexing, indexable
 from sklearn.utils.validation import _num_samples
 
+from skaipo._reconstruct import averaged
 from skaipo._validation import check_lam
 from skaipo.estimators import AIPORegressor
 from skaipo.estimators._base import is_learnt
@@ -405,12 +406,7 @@ class AIPORegressorCV(Continuation, Regressor):
                 f"{short} of {solved} solves along the path stopped before they converged: the "
                 f"scores are those of shorter runs than predict's. Raise max_evals if two lambdas "
                 f"are close, and prefer schedule='lattice' where the prior is a flow of images."
-                + (
-                    f" In {rough} of them the density is too rough for L-BFGS: they are solved by "
-                    f"its average (smoothing='auto') and never called converged."
-                    if rough
-                    else ""
-                ),
+                + (f" {averaged(rough, short)}" if rough else ""),
                 ConvergenceWarning,
                 stacklevel=2,
             )

@@ -57,6 +57,7 @@ def grid_search(names):
     assert grid.best_params_["lam"] == search.lam_ not in (search.lams_[0], search.lams_[-1])
     assert names["difference"].max() < 1e-6
     assert search.n_evals_ < names["grid_evals"] / 2
+    assert names["objective"]["AIPORegressorCV"] < names["objective"]["GridSearchCV"]
 
 
 def classify_corrupted_digits(names):
