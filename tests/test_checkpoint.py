@@ -42,7 +42,7 @@ from skaipo.solvers import LBFGS, Adam, GeometricSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
 D, N, N_CHUNKS = 6, 8, 3
-FIELDS = ("x", "objective", "misfit", "log_prob", "n_evals", "n_observed", "status")
+FIELDS = ("x", "objective", "misfit", "log_prob", "n_evals", "n_observed", "status", "smoothed")
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 

@@ -323,6 +323,7 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
     again = model.reconstruct(Y, checkpoint=tmp_path)
     assert chunk.exists()
     assert np.array_equal(again.x, whole.x) and np.array_equal(again.objective, whole.objective)
+    assert again.smoothed.all() and len(again.smoothed) == len(Y)
 
 
 def test_an_operator_of_each_row():
