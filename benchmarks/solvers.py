@@ -150,6 +150,11 @@ METHODS = {
     "skaipo": (default, (None,)),
     EXACT: (exact, (None,)),
     "AIPO, Adam": (adam(AIPORegressor, "mle", schedule="linear"), RATES),
+    # As it would be run where nobody tunes the learning rate.
+    **{
+        f"AIPO, Adam at {rate:g}": (adam(AIPORegressor, "mle", schedule="linear"), (rate,))
+        for rate in (0.02, 0.05, 0.1)
+    },
     "Adam, mle": (adam(FixedLambdaMAP, "mle"), RATES),
     "Adam, zero": (adam(FixedLambdaMAP, "zero"), RATES),
     "Adam, random": (adam(FixedLambdaMAP, "random"), RATES),
@@ -257,7 +262,7 @@ class Bench:
         # Between the points of the grids.
         for factor in (2**0.5, 2**0.25):
             lam = max((lam, lam / factor, lam * factor), key=lambda lam: score(lam, rate))
-            if rate is not None:
+            if len(rates) > 1:
                 near = (rate, rate / factor, rate * factor)
                 rate = max(near, key=lambda rate: score(lam, rate))
         return lam, rate

@@ -12,7 +12,7 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils import _safe_indexing, indexable
 from sklearn.utils.validation import _num_samples
 
-from skaipo._reconstruct import averaged
+from skaipo._messages import averaged
 from skaipo._validation import check_lam
 from skaipo.estimators import AIPORegressor
 from skaipo.estimators._base import is_learnt

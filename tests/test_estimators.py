@@ -14,6 +14,7 @@ from sklearn.model_selection import GridSearchCV
 
 from skaipo import (
     AIPORegressor,
+    AIPORegressorCV,
     AIPOTransformer,
     FixedLambdaMAP,
     FlowPrior,
@@ -350,6 +351,29 @@ def test_right_units_are_not_told_off(name):
             Y = noise.add_noise(op(clean), random_state=0)
             for params in (*several, dict(lam=1e3), dict(max_evals=4, init="zero")):
                 clone(model).set_params(op=op, noise=noise, **params).reconstruct(Y)
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_clean_images_in_other_units_are_told(name):
+    """What is compared with them would be scored by the units: a search's lambda, say."""
+    prior, clean = DIGITS[name](), load_digits_split()[1][:8]
+    Y = clean + np.random.default_rng(0).normal(0, 2.0, clean.shape)
+    told = r"The clean images lie between 0 and .*, those of the prior between .* in these as well"
+    for other in (clean / 16, clean / 16 * 255, torch.as_tensor(clean / 16)):
+        measured = torch.as_tensor(Y) if isinstance(other, torch.Tensor) else Y
+        with pytest.warns(UserWarning, match=told):
+            AIPORegressor(Denoising(), prior=prior, max_evals=20).fit(measured, other)
+        with pytest.warns(UserWarning, match=told), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            AIPORegressorCV(Denoising(), lams=[0.5], cv=2, prior=prior, max_evals=20).fit(
+                measured, other
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Darker, or plain, is not other units; an unfitted prior learns which they are.
+        for same in (clean, clean / 3, np.zeros_like(clean), clean.astype(int)):
+            AIPORegressor(Denoising(), prior=prior, max_evals=20).fit(Y, same)
+        AIPORegressor(Denoising(), prior=GaussianPrior(), max_evals=20).fit(Y / 16, clean / 16)
 
 
 # ---------------------------------------------------------------------- starts

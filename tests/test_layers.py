@@ -19,7 +19,7 @@ PACKAGE = "skaipo"
 LAYERS = (
     ("_validation", "_progress", "_handle", "_padding", "_keywords", "_fingerprint", "metrics"),
     ("operators", "noise", "flows", "objective"),
-    ("_training", "_reconstruct", "_checkpoint", "priors", "solvers", "datasets"),
+    ("_training", "_messages", "_reconstruct", "_checkpoint", "priors", "solvers", "datasets"),
     ("estimators",),
     ("model_selection", "plotting", "testing"),
     ("__init__", "__main__"),

@@ -12,8 +12,9 @@ from sklearn.utils import check_array, check_consistent_length, check_random_sta
 from sklearn.utils.parallel import Parallel, delayed
 
 from skaipo._checkpoint import Checkpoint, describe_run
+from skaipo._messages import far_off, other_units, unfinished
 from skaipo._progress import Progress
-from skaipo._reconstruct import Problem, Reconstruction, far_off, solve_chunk, unfinished
+from skaipo._reconstruct import Problem, Reconstruction, solve_chunk
 from skaipo._validation import (
     check_batch,
     check_lam,
@@ -157,6 +158,11 @@ class Reconstructor(Smoothing, ShortRepr, BaseEstimator):
             If there is no prior.
         ValueError
             If the prior or the operator is not fitted and there is no clean data to fit it on.
+
+        Warns
+        -----
+        UserWarning
+            If the prior is fitted and the clean data cannot be in its units.
         """
         if is_prior(X) or is_flow(X):
             if prior is not None:
@@ -215,6 +221,10 @@ class Reconstructor(Smoothing, ShortRepr, BaseEstimator):
                 f"y must hold clean images of {d} features, as the prior does, got shape "
                 f"{tuple(clean.shape)}."
             )
+        if clean is not None and self.prior_ is self.prior:
+            message = other_units(clean, self.prior_.flow_)
+            if message:
+                warnings.warn(message, UserWarning, stacklevel=2)
         return self
 
     def _clean_data(self, X, y, mask):
