@@ -81,7 +81,7 @@ def pipeline(step):
 
 
 # %%
-# The optimisation stops at 60 evaluations per digit, close enough for a classifier. The
+# The optimisation stops at 40 evaluations per digit, close enough for a classifier. The
 # warning that says so is not needed here.
 
 warnings.simplefilter("ignore", ConvergenceWarning)

@@ -4,6 +4,7 @@ The problems with a normal prior have known answers; those with a flow are not c
 the tests ask for stationarity, and for nothing about which minimum was found.
 """
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -47,6 +48,7 @@ from skaipo.solvers import (
     mle_start,
     surrogate_of,
 )
+from skaipo.solvers import _continuation as engine
 
 SPACES = ["image", "latent"]
 OPERATORS = ["denoising", "inpainting", "compressed"]
@@ -1130,6 +1132,114 @@ def test_a_lattice_is_its_single_solves_and_costs_one_way_down_and_one_up(name, 
         for lam, parent in ((targets[0], lams[0]), (targets[3], lams[2]))
     )
     assert middle > 2 and torch.equal(before, down + up - start + branches)
+
+
+@pytest.mark.parametrize("case", ["flow", "two valleys"])
+def test_a_stage_begins_ahead_on_the_secant(case, monkeypatch):
+    """Where each begins, from the two solutions before it; and what is told of that point."""
+    if case == "flow":
+        objective = flow_problem(Glow, "image", n=6, noise=0.1)
+        u, method = start_of(objective), Hybrid(LBFGS(give_up=0.15), Adam(0.05))
+        valley = u + 0.3
+    else:
+        valley = torch.linspace(-0.35, -0.15, 6, dtype=torch.float64)[:, None]
+        objective = make_objective(TwoModes(), Denoising(), GaussianNoise(1.0), valley, "image")
+        u, method = torch.full_like(valley, 2.0), Adam(0.05)
+    schedule = LatticeSchedule(n_stages=6, top=1.0, span=1e3, middle=1.0)
+    lams, middle = schedule.lattice(objective, 300)
+    stages, rescues = [], []
+
+    def minimise(problem, u, lam, *args, evaluation, **options):
+        fresh = subset(problem, list(range(6))).evaluate(u)
+        assert torch.equal(evaluation.value(lam), fresh.value(lam))
+        torch.testing.assert_close(evaluation.gradient(lam), fresh.gradient(lam))
+        solution = minimize(problem, u, lam, *args, evaluation=evaluation, **options)
+        stages.append((float(lam[0]), u, solution.u, solution.status))
+        return solution
+
+    def rescue(state, *args, rescued=engine._rescued):
+        result = rescued(state, *args)
+        rescues.append(((result[0] != state[0]).any(1), result[0]))
+        return result
+
+    monkeypatch.setattr(engine, "_rescued", rescue)
+    monkeypatch.setattr(engine, "minimize", minimise)
+    below, between = lams[0] / 1e3, (lams[1] * lams[2]) ** 0.5
+    targets = [below, lams[0], between]
+    options = dict(max_evals=300, tol=1e-9, low=lambda lam: valley.clone())
+    for _, _, n_evals, _ in lattice_path(objective, u, targets, method, schedule, **options):
+        assert (n_evals <= 300).all()
+    # The root; the low valley; the way down, of which the branches come after their stages.
+    order = [lams[5], lams[2], *lams[4:1:-1], between, lams[1], lams[0], below]
+    assert [lam for lam, *_ in stages] == pytest.approx(order)
+    way = {lam: k for k, (lam, *_) in enumerate(stages) if k != 1}
+    parents = {between: lams[2], below: lams[0]} | dict(pairwise(lams[:6]))
+    ahead = jumps = 0
+    for lam, parent in parents.items():
+        grandparent = parents.get(parent)
+        _, begun, _, _ = stages[way[lam]]
+        _, _, before, status = stages[way[parent]]
+        moved, spare = rescues[way[lam]]
+        if grandparent is None:
+            expected = before
+        else:
+            # At most as far as from one lambda of the lattice to the next.
+            reach = min(math.log(parent / lam), math.log(lams[1] / lams[0]))
+            step = before - stages[way[grandparent]][2]
+            still = rescues[way[parent]][0] | (status == CONVERGED)
+            step[still] = 0.0
+            expected = before + 0.7 * reach / math.log(lams[1] / lams[0]) * step
+            ahead += int(((step != 0).any(1) & ~moved).sum())
+        torch.testing.assert_close(begun[~moved], expected[~moved], rtol=1e-9, atol=1e-12)
+        assert torch.equal(begun[moved], spare[moved])
+        jumps += int(moved.sum())
+    assert ahead > 6 and (jumps > 0 or case == "flow")
+
+
+def test_stages_that_converge_begin_where_the_last_one_ended(monkeypatch):
+    objective, *_ = gaussian_problem()
+    steps = []
+
+    def ahead(objective, u, evaluation, step, rows):
+        steps.append(step)
+        return u, evaluation
+
+    monkeypatch.setattr(engine, "_ahead", ahead)
+    targets, schedule = [0.02, 0.3], LatticeSchedule(n_stages=8)
+    for *_, solution, _, _ in lattice_path(
+        objective, start_of(objective), targets, LBFGS(), schedule, max_evals=400
+    ):
+        assert (solution.status == CONVERGED).all()
+    assert len(steps) > 4 and all((step == 0).all() for step in steps)
+
+
+@pytest.mark.parametrize("max_evals", [3, 5, 8, 13, 25])
+def test_what_is_spent_ahead_is_of_the_budget(max_evals):
+    objective = flow_problem(n=3)
+    targets, fallback = [1e-4, 0.01, 0.5, 40.0], start_of(objective) + 0.1
+    for _, _, n_evals, _ in lattice_path(
+        objective,
+        start_of(objective),
+        targets,
+        Adam(0.1),
+        LatticeSchedule(),
+        max_evals=max_evals,
+        fallback=fallback,
+    ):
+        assert (n_evals <= max_evals).all()
+
+
+def test_what_cannot_be_evaluated_ahead_stays():
+    objective = flow_problem(n=4)
+    u = start_of(objective)
+    evaluation, step = objective.evaluate(u), torch.ones_like(u)
+    step[1], step[2] = torch.inf, 0.0
+    rows = torch.tensor([True, True, True, False])
+    before = objective.n_evals.clone()
+    moved, there = engine._ahead(objective, u, evaluation, step, rows)
+    assert (objective.n_evals - before).tolist() == [1, 1, 0, 0]
+    assert torch.equal(moved[1:], u[1:]) and torch.equal(moved[0], u[0] + 1)
+    assert torch.equal(there.data[1:], evaluation.data[1:]) and there.data[0] != evaluation.data[0]
 
 
 def test_a_new_stage_keeps_the_curvature_and_forgets_the_moments():

@@ -8,9 +8,16 @@ from skaipo.solvers._base import CONVERGED, minimize
 
 __all__ = ["continuation", "continuation_path", "lattice_path"]
 
+# How much of a step along the secant is taken before a stage of a lattice: docs/solvers.md.
+_AHEAD = 0.7
+
 
 def _copy(memory):
     return None if memory is None else {k: v.clone() for k, v in memory.items()}
+
+
+def _state(solution):
+    return solution.u, solution.evaluation, solution.memory
 
 
 def _stage(objective, state, lam, method, limit, tol, history, anneal):
@@ -163,7 +170,7 @@ def continuation_path(
                 solution = _stage(
                     objective, state, lam, method, limit, schedule.tol, history, anneal=False
                 )
-                state = (solution.u, solution.evaluation, solution.memory)
+                state = _state(solution)
             climbed = len(lams)
             u, evaluation, memory = state
             trunk_evals = objective.n_evals.clone()
@@ -187,6 +194,23 @@ def continuation_path(
         yield solution, objective.n_evals.clone(), trunk_evals
         # The next target's way does not lead through this branch.
         objective.n_evals.copy_(trunk_evals)
+
+
+def _ahead(objective, u, evaluation, step, rows):
+    """Points a step further, in rows of a mask where there is one and what is there is finite.
+
+    Whether the objective is lower is not asked: in a flow with kinks it mostly is not, until the
+    solver has averaged over them, and the next stage starts nearer to its end all the same.
+    """
+    rows = (rows & (step != 0).any(1)).nonzero().flatten()
+    if len(rows) == 0:
+        return u, evaluation
+    guess = u[rows] + step[rows]
+    trial = objective.evaluate(guess, rows)
+    ok = trial.finite()
+    u, moved = u.clone(), rows[ok]
+    u[moved] = guess[ok]
+    return u, evaluation.replace(moved, trial.rows(ok))
 
 
 def lattice_path(
@@ -234,44 +258,63 @@ def lattice_path(
     left = (max_evals - objective.n_evals).clamp_min(0)
     budgets = schedule.budgets(middle, max_evals, left)
     so_far = objective.n_evals.clone()
+    spacing = math.log(lams[1] / lams[0])
 
-    def solve(state, lam, limit, spares):
+    def solve(state, lam, limit, spares, step=None):
+        """The solution of one stage, and the rows in which it is that of the way up to here."""
+        limit = limit.clamp_max(max_evals)
         u, evaluation, memory = _rescued(state, spares, lam, method)
+        stays = (u == state[0]).all(1)
         if memory is not None:
             # What is annealed begins anew in every stage; what is known of the curvature stays.
             memory = _copy(memory)
             method.renew(memory)
         before = objective.n_evals.clone()
-        state, limit = (u, evaluation, memory), limit.clamp_max(max_evals)
+        if step is not None:
+            rows = stays & (before < limit)
+            u, evaluation = _ahead(objective, u, evaluation, step, rows)
+        state = u, evaluation, memory
         solution = _stage(objective, state, lam, method, limit, tol, history, anneal=True)
         so_far.add_(objective.n_evals - before)
-        return solution
+        return solution, stays
 
-    def served(k, solution, spares, here):
+    def ahead(slope, lam, target):
+        """The step to a stage's start: along the secant in log(lambda), and not all of the way."""
+        if slope is None:
+            return None
+        reach = min(abs(math.log(target / lam)), spacing)
+        return _AHEAD * math.copysign(reach, target - lam) * slope
+
+    def served(k, solution, slope, spares, here):
         """The targets of a stage: it is their solution, or they branch off."""
         n_evals = objective.n_evals.clone()
         for position, on_lattice in here:
             result = solution
             if not on_lattice:
-                state = solution.u, solution.evaluation, solution.memory
+                state = _state(solution)
                 lam, limit = targets[position], n_evals + (budgets[k] // 2).clamp_min(1)
                 beyond = not lams[0] < lam < lams[-1]
                 limit = torch.full_like(limit, max_evals) if beyond else limit
-                result = solve(state, lam, limit, spares)
+                result, _ = solve(state, lam, limit, spares, ahead(slope, lams[k], lam))
             yield position, result, objective.n_evals.clone(), so_far.clone()
             objective.n_evals.copy_(n_evals)
 
     def way(step, stages, spares):
         """From the root to the last stage of one side that serves a target."""
-        solution = root
+        solution, slope = root, None
         end = max(stages) if step > 0 else min(stages)
         for k in range(middle, end + step, step):
             if k != middle:
-                state = solution.u, solution.evaluation, solution.memory
-                solution = solve(state, lams[k], objective.n_evals + budgets[k], spares)
-            yield from served(k, solution, spares, stages.get(k, ()))
+                state, limit = _state(solution), objective.n_evals + budgets[k]
+                predicted = ahead(slope, lams[k - step], lams[k])
+                solution, stays = solve(state, lams[k], limit, spares, predicted)
+                slope = (solution.u - state[0]) / math.log(lams[k] / lams[k - step])
+                # From one valley to another there is no slope; what converges needs none.
+                stays &= solution.status != CONVERGED
+                slope = torch.where(stays[:, None], slope, 0.0)
+            yield from served(k, solution, slope, spares, stages.get(k, ()))
 
-    root = solve(state, lams[middle], objective.n_evals + budgets[middle], spares)
+    root, _ = solve(state, lams[middle], objective.n_evals + budgets[middle], spares)
     n_evals = objective.n_evals.clone()
     if up:
         yield from way(1, up, spares)
@@ -282,7 +325,7 @@ def lattice_path(
             u = low(lams[k])
             state = u, objective.evaluate(u), None
             so_far.add_(objective.n_evals - n_evals)
-            valley = solve(state, lams[k], n_evals + budgets[k], spares)
+            valley, _ = solve(state, lams[k], n_evals + budgets[k], spares)
             spares = [*spares, (valley.u, valley.evaluation)]
         yield from way(-1, down, spares)
 

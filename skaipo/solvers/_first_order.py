@@ -13,7 +13,7 @@ _FINAL = 0.01
 # Up to how many steps the preconditioned method takes its full learning rate.
 _STEPS = 75.0
 # Its learning rate's share in a stage that begins at the solution for a neighbouring lambda.
-_WARM = 2 / 3
+_WARM = 0.5
 
 
 class Adam(Method):

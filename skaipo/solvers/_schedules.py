@@ -143,7 +143,9 @@ class LatticeSchedule(CheckedKeywords, BaseEstimator):
     smooth side, where a rising one, that starts from the measurement's own noise, would keep some
     of it. At the smallest lambdas that noise is where the minimum lies: the way down looks there
     first, and goes on from there where the objective is lower. Each stage is annealed and is the
-    result at its lambda, so that a path along the whole lattice costs no more than ``max_evals``.
+    result at its lambda, so that a path along the whole lattice costs no more than ``max_evals``;
+    it begins ahead of the last solution on the secant through the last two, predictor and corrector
+    (Allgower & Georg, 1990, chapter 6).
     A target between two of its lambdas branches off from the one before it.
 
     Parameters
