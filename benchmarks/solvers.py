@@ -291,7 +291,7 @@ class Bench:
                 gain = interval(cell["psnr"] - base["psnr"], self.args.seed)
                 ours[method] = cell["psnr"]
                 pair = {}
-                if method == EXACT and "skaipo" in ours:
+                if method not in ("skaipo", "AIPO, Adam") and "skaipo" in ours:
                     pair = interval(ours["skaipo"] - cell["psnr"], self.args.seed)
                     names = ("default_minus_it", "default_minus_it_low", "default_minus_it_high")
                     pair = dict(zip(names, pair, strict=True))
