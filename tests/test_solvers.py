@@ -1229,6 +1229,35 @@ def test_what_is_spent_ahead_is_of_the_budget(max_evals):
         assert (n_evals <= max_evals).all()
 
 
+def test_nothing_is_spent_ahead_of_a_stage_that_has_nothing():
+    """The stage after the one that took all begins, and ends, where that one did."""
+
+    class Greedy(LatticeSchedule):
+        def budgets(self, middle, max_evals, left):
+            shares = [left for _ in super().budgets(middle, max_evals, left)]
+            shares[middle] = torch.full_like(left, 10)
+            return shares
+
+    objective = flow_problem(n=3)
+    schedule = Greedy(top=1.0, span=100.0, middle=1.0)
+    lams, middle = schedule.lattice(objective, 60)
+    steps = list(
+        lattice_path(
+            objective,
+            start_of(objective),
+            lams[: middle + 1],
+            Adam(0.1),
+            schedule,
+            max_evals=60,
+            tol=0.0,
+        )
+    )
+    assert len(steps) > 4
+    # (And one for the start.)
+    assert [int(n_evals.max()) for _, _, n_evals, _ in steps] == [11] + [60] * (len(steps) - 1)
+    assert all(torch.equal(steps[1][1].u, solution.u) for _, solution, _, _ in steps[2:])
+
+
 def test_what_cannot_be_evaluated_ahead_stays():
     objective = flow_problem(n=4)
     u = start_of(objective)
