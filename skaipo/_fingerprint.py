@@ -24,7 +24,7 @@ __all__ = ["fingerprint"]
 
 # Attributes that change while a value is used and say nothing new about it: of flows, operators
 # and noise models, and of scipy's sparse matrices.
-_CACHES = {"_cache", "_data_scale", "_typical_log_prob", "_moments_of"}
+_CACHES = {"_cache", "_known_moments"}
 _CACHES |= {"_has_sorted_indices", "_has_canonical_format"}
 # Of which every module of torch holds ten.
 _EMPTY = OrderedDict()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from skaipo._validation import to_numpy
+from skaipo.flows._base import bulk
 
 __all__ = ["averaged", "far_off", "other_units", "unfinished"]
 
@@ -13,7 +14,7 @@ __all__ = ["averaged", "far_off", "other_units", "unfinished"]
 _FAR = 10.0
 # Ratio of spreads from which on two sets of images cannot be in the same units.
 _SPREAD = 8.0
-# Images that are looked at for it.
+# Clean images that are looked at for it.
 _FEW = 32
 
 
@@ -53,12 +54,6 @@ def far_off(result, flow, penalty):
     )
 
 
-def _bulk(x):
-    """Between which values the bulk of an array lies, wild ones left out."""
-    x = x[np.isfinite(x)]
-    return np.quantile(x, (0.05, 0.95)) if len(x) else np.zeros(2)
-
-
 def other_units(clean, flow):
     """What to say where clean images are spread quite differently from those of the prior.
 
@@ -77,9 +72,8 @@ def other_units(clean, flow):
         Empty where there is nothing to say.
     """
     clean = to_numpy(clean) if isinstance(clean, torch.Tensor) else clean
-    images = to_numpy(flow.typical(_FEW))
-    theirs, own = (_bulk(np.asarray(x[:_FEW], dtype=float)) for x in (clean, images))
-    (low, high), (own_low, own_high) = theirs, own
+    low, high = bulk(np.asarray(clean[:_FEW], dtype=float))
+    own_low, own_high = flow.typical_range()
     spread, own_spread = high - low, own_high - own_low
     # (A plain image has no spread, and says nothing of its units.)
     if not min(spread, own_spread) > 0 or 1 / _SPREAD < spread / own_spread < _SPREAD:

@@ -127,7 +127,7 @@ def train_flow(
     def finish():
         flow.load_state_dict(best_state)
         flow.eval().requires_grad_(False)
-        flow._data_scale = flow._typical_log_prob = None
+        flow._forget_moments()
 
     def diverged(what):
         finish()

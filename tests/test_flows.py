@@ -577,7 +577,7 @@ def test_data_scale_is_the_standard_deviation_in_the_datas_units(architecture, n
     std = A.square().sum(0).mean().sqrt()
     assert 0.8 < flow.data_scale() / std < 1.2
     other = copy.deepcopy(flow)
-    other._data_scale = None
+    other._forget_moments()
     other.scale.mul_(100)
     other.loc.fill_(-300.0)
     assert other.data_scale() == pytest.approx(100 * flow.data_scale())
@@ -588,6 +588,34 @@ def test_data_scale_is_made_anew_by_training():
     before = flow.data_scale()
     train_flow(flow, 50 * torch.randn(64, 2), max_epochs=1)
     assert flow.data_scale() > 10 * before
+
+
+def test_what_its_images_are_like_is_found_once_for_given_weights():
+    class Counting(RealNVP):
+        drawn = 0
+
+        def typical(self, n_samples, seed=0):
+            self.drawn += 1
+            return super().typical(n_samples, seed)
+
+    flow = Counting((2,), n_steps=2, hidden_channels=4).requires_grad_(False)
+
+    def all_three():
+        return [flow.data_scale(), flow.typical_log_prob(), *flow.typical_range()]
+
+    before = all_three()
+    assert all_three() == before and flow.drawn == 3
+    flow.scale.mul_(10)
+    flow.compile_for_inference()
+    scale, log_prob, low, high = all_three()
+    assert flow.drawn == 6
+    np.testing.assert_allclose(
+        [scale, low, high], 10 * np.array([before[0], *before[2:]]), rtol=1e-5
+    )
+    assert log_prob == pytest.approx(before[1] - 2 * math.log(10), abs=1e-4)
+    x = flow.typical(32).numpy()
+    assert low < np.median(x) < high
+    assert np.mean((low < x) & (x < high)) == pytest.approx(0.9, abs=0.05)
 
 
 def test_data_scale_can_always_be_divided_by():

@@ -529,7 +529,7 @@ def test_the_grid_follows_a_flow_whose_weights_change():
     with torch.no_grad():
         prior.flow_.scale.data.mul_(10)
     fresh = FlowPrior(flow=copy.deepcopy(prior.flow_))
-    vars(fresh.flow_).update(_data_scale=None, _typical_log_prob=None)
+    fresh.flow_._forget_moments()
     after, _ = aipo_path(Y, Denoising(), prior, lams=2, max_evals=8)
     np.testing.assert_array_equal(after, aipo_path(Y, Denoising(), fresh, lams=2, max_evals=8)[0])
     assert after[-1] > 50 * before[-1]

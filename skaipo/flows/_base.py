@@ -4,10 +4,11 @@ import copy
 import math
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import nn
 
-from skaipo._validation import checksum
+from skaipo._validation import checksum, to_numpy
 from skaipo.flows._frozen import (
     FrozenEvaluator,
     ReferenceEvaluator,
@@ -15,7 +16,7 @@ from skaipo.flows._frozen import (
     kernels,
 )
 
-__all__ = ["Flow", "MultiscaleFlow", "log_normal", "without_outliers"]
+__all__ = ["Flow", "MultiscaleFlow", "bulk", "log_normal", "without_outliers"]
 
 
 def log_normal(z):
@@ -31,6 +32,13 @@ def without_outliers(x):
     """
     size = (x - x.median(0).values).norm(dim=1)
     return x[size <= 3 * size.quantile(0.9)]
+
+
+def bulk(x):
+    """Between which values the bulk of an array lies, wild ones left out; (0, 0) of nothing."""
+    x = x[np.isfinite(x)]
+    low, high = np.quantile(x.astype(float), (0.05, 0.95)) if len(x) else (0.0, 0.0)
+    return float(low), float(high)
 
 
 class Flow(nn.Module):
@@ -171,7 +179,7 @@ class Flow(nn.Module):
             not noticed: what is evaluated is a frozen flow.)
         """
         digest = self._digest()
-        if getattr(self, "_moments_of", digest) != digest:
+        if self._moments().get("of", digest) != digest:
             self._forget_moments()
         key = kernels(), memory, self.training, self.loc.dtype, self.loc.device, digest
         known = self.__dict__.get("_evaluator")
@@ -184,8 +192,20 @@ class Flow(nn.Module):
     def _digest(self):
         return checksum(*self.parameters(), *self.buffers())
 
+    def _moments(self):
+        """What is known of images like those of the prior, and by which weights."""
+        return self.__dict__.get("_known_moments", {})
+
     def _forget_moments(self):
-        self._data_scale = self._typical_log_prob = self._moments_of = None
+        self.__dict__.pop("_known_moments", None)
+
+    def _known(self, name, find):
+        """What is about images like those of the prior: found once, until a weight changes."""
+        if name not in self._moments():
+            found = find()
+            known = self.__dict__.setdefault("_known_moments", {"of": self._digest()})
+            known[name] = found
+        return self._moments()[name]
 
     def release_workspaces(self):
         """Let go of the memory that the evaluator keeps for its next call."""
@@ -273,32 +293,46 @@ class Flow(nn.Module):
         Solvers measure their steps in image space by it. Cached; at least the smallest normal
         number, so that it can be divided by.
         """
-        if getattr(self, "_data_scale", None) is None:
-            self._moments_of = self._digest()
-            x = self.typical(32 if self.clean is None else 1024)
-            x = x[x.isfinite().all(1)]
-            self._data_scale = 1.0
-            if len(x):
-                if self.clean is None:
-                    # Robust against the few wild samples that an imperfect flow may give.
-                    spread, factor = (x - x.median(0).values).abs().median(0).values, 1.4826
-                else:
-                    spread, factor = x.std(0), 1.0
-                spread = factor * float(spread.square().mean().sqrt())
-                self._data_scale = max(spread, torch.finfo(x.dtype).tiny)
-        return self._data_scale
+        return self._known("scale", self._find_scale)
+
+    def _find_scale(self):
+        x = self.typical(32 if self.clean is None else 1024)
+        x = x[x.isfinite().all(1)]
+        if len(x) == 0:
+            return 1.0
+        if self.clean is None:
+            # Robust against the few wild samples that an imperfect flow may give.
+            spread, factor = (x - x.median(0).values).abs().median(0).values, 1.4826
+        else:
+            spread, factor = x.std(0), 1.0
+        return max(factor * float(spread.square().mean().sqrt()), torch.finfo(x.dtype).tiny)
 
     def typical_log_prob(self):
         """Median log-density of images like those of the prior, in nats, by a few fixed samples.
 
         Cached; NaN where none is finite.
         """
-        if getattr(self, "_typical_log_prob", None) is None:
-            self._moments_of = self._digest()
-            with torch.inference_mode(False), torch.no_grad():
-                log_prob = self.log_prob(self.typical(32).to(self.loc))
-            self._typical_log_prob = float(log_prob[log_prob.isfinite()].median())
-        return self._typical_log_prob
+        return self._known("log_prob", self._find_log_prob)
+
+    def _find_log_prob(self):
+        with torch.inference_mode(False), torch.no_grad():
+            log_prob = self.log_prob(self.typical(32).to(self.loc))
+        return float(log_prob[log_prob.isfinite()].median())
+
+    def typical_range(self):
+        """Between which values images like those of the prior lie, by a few fixed samples.
+
+        Cached.
+
+        Returns
+        -------
+        low, high : float
+            Quantiles of 5 and 95 % of the finite entries; (0, 0) where there are none.
+        """
+        return self._known("range", self._find_range)
+
+    def _find_range(self):
+        return bulk(to_numpy(self.typical(32)))
 
     def sample(self, n_samples=1, temperature=1.0, generator=None):
         """Draw samples.
