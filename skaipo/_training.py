@@ -127,7 +127,6 @@ def train_flow(
     def finish():
         flow.load_state_dict(best_state)
         flow.eval().requires_grad_(False)
-        flow._forget_moments()
 
     def diverged(what):
         finish()

@@ -374,6 +374,15 @@ def test_clean_images_in_other_units_are_told(name):
         for same in (clean, clean / 3, np.zeros_like(clean), clean.astype(int)):
             AIPORegressor(Denoising(), prior=prior, max_evals=20).fit(Y, same)
         AIPORegressor(Denoising(), prior=GaussianPrior(), max_evals=20).fit(Y / 16, clean / 16)
+    # The prior's units are those of its weights as they are.
+    with torch.no_grad():
+        prior.flow_.scale.div_(16)
+        prior.flow_.loc.div_(16)
+    with pytest.warns(UserWarning, match=told):
+        AIPORegressor(Denoising(), prior=prior, max_evals=20).fit(Y, clean)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AIPORegressor(Denoising(), prior=prior, max_evals=20).fit(Y / 16, clean / 16)
 
 
 # ---------------------------------------------------------------------- starts

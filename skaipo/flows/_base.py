@@ -179,8 +179,6 @@ class Flow(nn.Module):
             not noticed: what is evaluated is a frozen flow.)
         """
         digest = self._digest()
-        if self._moments().get("of", digest) != digest:
-            self._forget_moments()
         key = kernels(), memory, self.training, self.loc.dtype, self.loc.device, digest
         known = self.__dict__.get("_evaluator")
         if known is None or known[0] != key:
@@ -192,20 +190,17 @@ class Flow(nn.Module):
     def _digest(self):
         return checksum(*self.parameters(), *self.buffers())
 
-    def _moments(self):
-        """What is known of images like those of the prior, and by which weights."""
-        return self.__dict__.get("_known_moments", {})
-
-    def _forget_moments(self):
-        self.__dict__.pop("_known_moments", None)
-
     def _known(self, name, find):
-        """What is about images like those of the prior: found once, until a weight changes."""
-        if name not in self._moments():
-            found = find()
-            known = self.__dict__.setdefault("_known_moments", {"of": self._digest()})
-            known[name] = found
-        return self._moments()[name]
+        """What is known of images like those of the prior: found once for given weights."""
+        digest = self._digest()
+        of, known = self.__dict__.get("_known_moments", (None, {}))
+        if of == digest and name in known:
+            return known[name]
+        found = find()
+        # (Never in place: a copy may hold the same.)
+        known = {**known, name: found} if of == digest else {name: found}
+        self.__dict__["_known_moments"] = digest, known
+        return found
 
     def release_workspaces(self):
         """Let go of the memory that the evaluator keeps for its next call."""
@@ -241,7 +236,7 @@ class Flow(nn.Module):
         other = copy.copy(self)
         kept = torch.linspace(0, len(x) - 1, min(len(x), 1024), dtype=torch.float64)
         other.clean = x[kept.round().long()].clone()
-        other._forget_moments()
+        other.__dict__.pop("_known_moments", None)
         return other
 
     def typical(self, n_samples, seed=0):
