@@ -82,6 +82,8 @@ class Hybrid(Method):
 
     def plan(self, memory, steps, rows):
         memory["ahead"] = torch.where(rows, steps.to(memory["ahead"].dtype), memory["ahead"])
+        # (A row may change over before its first step, by a clock that is of another call.)
+        memory["progress"] = torch.where(rows, 0.0, memory["progress"])
         with self._part(memory, "smooth") as (smooth, own):
             smooth.plan(own, steps, rows & ~memory["changed"])
         with self._part(memory, "rough") as (rough, own):
