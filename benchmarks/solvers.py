@@ -423,6 +423,7 @@ class Bench:
                 excess_worst=float(excess.max()),
                 excess_mean=float(max(means)),
                 share=float(np.mean(excess <= 0.005)),
+                n_evals=spent / len(x),
                 ratio=spent / len(x) / float(evaluations),
             )
 

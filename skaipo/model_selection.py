@@ -81,7 +81,7 @@ def aipo_path(
 
     It starts at one lambda of a fixed lattice (the Bayesian one, where there is a noise model) and
     goes to both ends of the grid; what lies between two of the lattice branches off. Every point of
-    the path equals ``AIPORegressor(op, lam, schedule="lattice", max_evals=850, **params)`` at that
+    the path equals ``AIPORegressor(op, lam, schedule="lattice", max_evals=880, **params)`` at that
     lambda, whatever the other values of the grid. The default grid, which is the lattice, takes
     less than three times the evaluations of one solve by default; twenty other values within its
     range up to four times. Each has a shorter way than a single solve: ``docs/solvers.md`` tells
@@ -108,7 +108,7 @@ def aipo_path(
         What the operator takes per row (its kernel, its mask), for operators that do.
     **params
         Of :class:`AIPORegressor`: noise, solver, space, penalty, smoothing, init, mle_solver,
-        n_starts, tol, batch_size, n_jobs, random_state, verbose; max_evals, here 850, on the way to
+        n_starts, tol, batch_size, n_jobs, random_state, verbose; max_evals, here 880, on the way to
         any one lambda; and schedule, "lattice", "geometric" or an object of their kind.
 
     Returns
@@ -133,7 +133,7 @@ def aipo_path(
     (2, 3, 2)
     """
     params.setdefault("schedule", "lattice")
-    params.setdefault("max_evals", 850)
+    params.setdefault("max_evals", 880)
     if "lam" in params:
         # (AIPORegressor takes one, and nothing here would look at it.)
         raise TypeError(
@@ -183,7 +183,7 @@ class AIPORegressorCV(Continuation, Regressor):
     A point of the path equals the single solve at that lambda, so that the choice is the one that
     ``GridSearchCV`` makes over ``AIPORegressor(schedule="geometric")``, at a fraction of its
     evaluations. For flows of images, where such short ways end far from the minimum, prefer
-    ``schedule="lattice"`` with ``max_evals=850``. Where the prior is fitted beforehand nothing is
+    ``schedule="lattice"`` with ``max_evals=880``. Where the prior is fitted beforehand nothing is
     learnt in the folds: each row is solved for once, however many folds test it.
 
     Parameters

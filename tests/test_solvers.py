@@ -5,7 +5,9 @@ the tests ask for stationarity, and for nothing about which minimum was found.
 """
 
 import math
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1193,7 +1195,7 @@ def test_a_stage_begins_ahead_on_the_secant(case, monkeypatch):
         torch.testing.assert_close(begun[~moved], expected[~moved], rtol=1e-9, atol=1e-12)
         assert torch.equal(begun[moved], spare[moved])
         jumps += int(moved.sum())
-    assert ahead > 6 and (jumps > 0 or case == "flow")
+    assert ahead > 3 and (jumps > 0 or case == "flow")
 
 
 def test_stages_that_converge_begin_where_the_last_one_ended(monkeypatch):
@@ -1258,6 +1260,56 @@ def test_nothing_is_spent_ahead_of_a_stage_that_has_nothing():
     assert all(torch.equal(steps[1][1].u, solution.u) for _, solution, _, _ in steps[2:])
 
 
+def test_no_stage_ends_above_where_the_one_before_it_ended():
+    """Also where the step ahead was in vain: both points are known."""
+    objective = flow_problem(Glow, "image", n=6, noise=0.2)
+    lams = np.geomspace(0.01, 1, 20).tolist()
+    way = list(
+        lattice_path(
+            objective,
+            start_of(objective),
+            lams,
+            Adam(0.3),
+            LatticeSchedule(),
+            max_evals=250,
+            tol=0.0,
+        )
+    )
+    solutions = [solution for _, solution, _, _ in sorted(way, key=lambda step: -step[0])]
+    stayed = 0
+    for lam, (before, after) in zip(lams[-2::-1], pairwise(solutions), strict=True):
+        lam = torch.full_like(after.lam, lam)
+        value = after.evaluation.value(lam)
+        assert (value <= before.evaluation.value(lam)).all()
+        again = objective.evaluate(after.u)
+        torch.testing.assert_close(again.value(lam), value)
+        stayed += int((after.u == before.u).all(1).sum())
+    assert stayed > 0
+
+
+@pytest.mark.parametrize("kind", ["exact", "smooths_all", "smooths_rough"])
+def test_a_lower_point_is_not_taken_where_values_say_nothing(kind):
+    objective = flow_problem(n=4)
+    u = start_of(objective)
+    lam, low = rows_of(1.0, 4), u - 1e-3 * objective.evaluate(u).gradient(rows_of(1.0, 4))
+    evaluation, lower = objective.evaluate(u), objective.evaluate(low)
+    assert (lower.value(lam) < evaluation.value(lam)).all()
+    method = Hybrid(rough=Adam(0.1))
+    memory = method.start(objective, u, evaluation, lam)
+    memory["changed"] = torch.tensor([False, False, True, True])
+    status = torch.tensor([CONVERGED, BUDGET, BUDGET, CONVERGED])
+    solution = minimize(objective, u, lam, method, max_evals=0)
+    solution = replace(solution, u=u, evaluation=evaluation, status=status, memory=memory)
+    expected = {"exact": [0, 1, 1, 0], "smooths_all": [0] * 4, "smooths_rough": [0, 1, 0, 0]}[kind]
+    # (Of the objective nothing but this is asked.)
+    asked = SimpleNamespace(**({} if kind == "exact" else {kind: True}))
+    found = engine._lowest(asked, solution, (low, lower), 1.0, method)
+    taken = torch.tensor(expected, dtype=torch.bool)
+    assert torch.equal(found.u, torch.where(taken[:, None], low, u))
+    assert torch.equal(found.evaluation.data, torch.where(taken, lower.data, evaluation.data))
+    assert torch.equal(found.status, status)
+
+
 def test_what_cannot_be_evaluated_ahead_stays():
     objective = flow_problem(n=4)
     u = start_of(objective)
@@ -1269,6 +1321,28 @@ def test_what_cannot_be_evaluated_ahead_stays():
     assert (objective.n_evals - before).tolist() == [1, 1, 0, 0]
     assert torch.equal(moved[1:], u[1:]) and torch.equal(moved[0], u[0] + 1)
     assert torch.equal(there.data[1:], evaluation.data[1:]) and there.data[0] != evaluation.data[0]
+
+
+def test_a_row_that_changes_over_before_its_first_step_plans_for_all_of_them():
+    """The clock of the stage before had run out."""
+    objective = flow_problem(n=3)
+    u = start_of(objective)
+    evaluation, lam = objective.evaluate(u), rows_of(1, 3)
+    rows, steps = torch.ones_like(lam, dtype=torch.bool), torch.full_like(lam, 300)
+    planned = []
+
+    class Recording(Adam):
+        def plan(self, memory, steps, rows):
+            planned.append((steps.tolist(), rows.tolist()))
+
+    method = Hybrid(rough=Recording(0.1)).prepare(objective)
+    memory = method.start(objective, u, evaluation, lam)
+    method.plan(memory, steps, rows)
+    method.propose(memory, u, evaluation, lam, torch.full_like(lam, 0.99))
+    method.plan(memory, steps, rows)
+    planned.clear()
+    method._hand_over(memory, torch.tensor([True, False, True]))
+    assert planned == [([300.0] * 3, [True, False, True])]
 
 
 def test_a_new_stage_keeps_the_curvature_and_forgets_the_moments():

@@ -1,6 +1,7 @@
 """AIPO: follow the minimiser from lambda = 0 to the target."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -213,6 +214,28 @@ def _ahead(objective, u, evaluation, step, rows):
     return u, evaluation.replace(moved, trial.rows(ok))
 
 
+def _lowest(objective, solution, other, lam, method):
+    """The solution, with another known point in rows where the objective is lower there.
+
+    But for rows that converged, and those whose density was averaged: values say nothing there.
+    """
+    if getattr(objective, "smooths_all", False):
+        return solution
+    u, evaluation = other
+    target = torch.full_like(evaluation.data, lam)
+    lower = evaluation.value(target) < solution.evaluation.value(target)
+    lower &= solution.status != CONVERGED
+    if getattr(objective, "smooths_rough", False):
+        lower &= ~method.rough_rows(solution.memory, lower)
+    if not lower.any():
+        return solution
+    return replace(
+        solution,
+        u=torch.where(lower[:, None], u, solution.u),
+        evaluation=solution.evaluation.where(lower, evaluation),
+    )
+
+
 def lattice_path(
     objective,
     u,
@@ -269,12 +292,13 @@ def lattice_path(
             # What is annealed begins anew in every stage; what is known of the curvature stays.
             memory = _copy(memory)
             method.renew(memory)
-        before = objective.n_evals.clone()
+        before, behind = objective.n_evals.clone(), (u, evaluation)
         if step is not None:
             rows = stays & (before < limit)
             u, evaluation = _ahead(objective, u, evaluation, step, rows)
         state = u, evaluation, memory
         solution = _stage(objective, state, lam, method, limit, tol, history, anneal=True)
+        solution = _lowest(objective, solution, behind, lam, method)
         so_far.add_(objective.n_evals - before)
         return solution, stays
 

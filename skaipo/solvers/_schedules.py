@@ -19,6 +19,8 @@ __all__ = [
 
 # How much more than the mean the stages at the middle of a lattice get, and those at its ends less.
 _TILT = 0.4
+# The share of the way down that is its tail, and how much of that a stage there gets.
+_TAIL, _SPARED = 0.3, 0.6
 
 
 def _require(ok, schedule, needs):
@@ -162,8 +164,9 @@ class LatticeSchedule(CheckedKeywords, BaseEstimator):
         its curvature times the variance of the data; 1000; and 0.1.
     share : float in (0, 1), default=0.2
         Share of ``max_evals``, of what the start has left of them, for the first stage. The others
-        divide the rest, those near the middle taking more than those at the ends. A branch takes
-        half of what the stage before it did, or, beyond an end of the lattice, all that is left.
+        divide the rest, those near the middle taking more than those at the ends, and those at the
+        smallest lambdas the least. A branch takes half of what the stage before it did, or, beyond
+        an end of the lattice, all that is left.
     """
 
     def __init__(self, n_stages=20, top=None, span=None, middle=None, share=0.2):
@@ -190,7 +193,9 @@ class LatticeSchedule(CheckedKeywords, BaseEstimator):
     def low(self, middle, max_evals):
         """Which of the lambdas shows the low valley; None where that would be too dear."""
         k = 2 * self._size(max_evals) // 5
-        return k if k < middle and max_evals >= 120 else None
+        # What the first stage leaves at the least: a start takes up to a third of max_evals.
+        left = (1 - self.share) * (max_evals - max_evals // 3)
+        return k if k < middle and max_evals >= 120 and left >= 12 else None
 
     def budgets(self, middle, max_evals, left):
         """Evaluations (n_rows,) of each stage, from the smallest lambda on.
@@ -202,6 +207,8 @@ class LatticeSchedule(CheckedKeywords, BaseEstimator):
         # The nearer to the middle, the more the solution changes from one lambda to the next.
         away = (abs(k - middle) / max(1, middle) for k in range(2 * n - 1))
         weights = [1 + _TILT * (1 - 2 * min(1.0, a)) for a in away]
+        # At the smallest lambdas it hardly changes any more.
+        weights = [w * _SPARED if k < _TAIL * middle else w for k, w in enumerate(weights)]
         # One more for the low valley, and half a one for a branch.
         total = sum(weights[:n]) - weights[middle] + 1.5
         budgets = [((left - first) * w / total).to(left.dtype).clamp_min(1) for w in weights]
