@@ -83,9 +83,9 @@ def aipo_path(
     goes to both ends of the grid; what lies between two of the lattice branches off. Every point of
     the path equals ``AIPORegressor(op, lam, schedule="lattice", max_evals=880, **params)`` at that
     lambda, whatever the other values of the grid. The default grid, which is the lattice, takes
-    less than three times the evaluations of one solve by default; twenty other values within its
-    range up to four times. Each has a shorter way than a single solve: ``docs/solvers.md`` tells
-    how close they come.
+    less than three times the evaluations of one solve by default; twenty other values spread over
+    its range about four times. Each has a shorter way than a single solve: ``docs/solvers.md``
+    tells how close they come.
 
     Parameters
     ----------

@@ -193,7 +193,8 @@ class LatticeSchedule(CheckedKeywords, BaseEstimator):
     def low(self, middle, max_evals):
         """Which of the lambdas shows the low valley; None where that would be too dear."""
         k = 2 * self._size(max_evals) // 5
-        # What the first stage leaves at the least: a start takes up to a third of max_evals.
+        # (What the first stage leaves after a start that took a third. The start of the look itself
+        # asks nobody for some evaluations.)
         left = (1 - self.share) * (max_evals - max_evals // 3)
         return k if k < middle and max_evals >= 120 and left >= 12 else None
 
