@@ -138,19 +138,22 @@ def test_what_lambda_zero_costs_is_counted(schedule, init, prior, Y, monkeypatch
 
 
 def test_twenty_lambdas_at_the_price_of_three_solves():
-    """And none of them is a short cut: the objective is that of a solve for one lambda alone."""
+    """And none of them is a short cut: the objective is that of a solve for one lambda alone.
+
+    The exact one: where the density was averaged the objective at the result says little.
+    """
     prior = load_digits_prior("cpu")
     op, noise = Denoising(), GaussianNoise(2.0)
+    options = dict(prior=prior, noise=noise, smoothing=0)
     Y = noise.add_noise(load_digits_split()[1][:6], random_state=0)
-    lams, _, along, n_evals = aipo_path(Y, op, prior, noise=noise, return_details=True)
+    lams, _, along, n_evals = aipo_path(Y, op, return_details=True, **options)
     assert len(lams) == 20 and n_evals <= 3 * AIPORegressor().max_evals * len(Y)
-    single = AIPORegressor(op, prior=prior, noise=noise, schedule=LATTICE, max_evals=880)
-    single.set_params(lam=float(lams[17]))
+    single = AIPORegressor(op, float(lams[17]), schedule=LATTICE, max_evals=880, **options)
     np.testing.assert_array_equal(along[17].objective, single.reconstruct(Y).objective)
     for k in (3, 10):
-        direct = AIPORegressor(op, float(lams[k]), prior=prior, noise=noise).reconstruct(Y)
+        direct = AIPORegressor(op, float(lams[k]), **options).reconstruct(Y)
         # (Now and then one of the two finds the lower of two minima.)
-        assert np.median(along[k].objective / direct.objective - 1) < 0.005
+        assert np.median(along[k].objective / direct.objective - 1) < 0.003
 
 
 def test_the_path_approaches_the_closed_form(prior, Y):
