@@ -115,6 +115,13 @@ def with_metric(method, objective):
     return prepared
 
 
+def averaged_rows(objective, method, memory, like):
+    """Rows (n,), bool, in which the density is averaged: values cannot be compared there."""
+    if getattr(objective, "smooths_rough", False):
+        return method.rough_rows(memory, like)
+    return torch.full_like(like, getattr(objective, "smooths_all", False), dtype=torch.bool)
+
+
 def minimize(
     objective,
     u,
@@ -169,9 +176,7 @@ def minimize(
 
     def smoothed():
         """Which of the active rows see the density averaged in the next trial."""
-        if smooths_rough:
-            return method.rough_rows(memory, rows)
-        return torch.full_like(rows, smooths_all, dtype=torch.bool)
+        return averaged_rows(objective, method, memory, rows)
 
     if evaluation is None:
         evaluation = objective.evaluate(u)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from skaipo.solvers._base import CONVERGED, minimize
+from skaipo.solvers._base import CONVERGED, averaged_rows, minimize
 
 __all__ = ["continuation", "continuation_path", "lattice_path"]
 
@@ -219,14 +219,11 @@ def _lowest(objective, solution, other, lam, method):
 
     But for rows that converged, and those whose density was averaged: values say nothing there.
     """
-    if getattr(objective, "smooths_all", False):
-        return solution
     u, evaluation = other
     target = torch.full_like(evaluation.data, lam)
     lower = evaluation.value(target) < solution.evaluation.value(target)
     lower &= solution.status != CONVERGED
-    if getattr(objective, "smooths_rough", False):
-        lower &= ~method.rough_rows(solution.memory, lower)
+    lower &= ~averaged_rows(objective, method, solution.memory, lower)
     if not lower.any():
         return solution
     return replace(
